@@ -1,0 +1,226 @@
+"""What crossed a wire: tcpdump into a pcap file, a small reader, and the statements that tests make about it."""
+
+from __future__ import annotations
+
+import ipaddress
+import mmap
+import re
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
+
+ETHERTYPE_IPV4: Final = 0x0800
+ETHERTYPE_IPV6: Final = 0x86DD
+NEIGHBOUR_DISCOVERY: Final = range(133, 138)
+_NAMES: Final = {
+    1: "ICMP", 4: "IPIP", 6: "TCP", 17: "UDP", 41: "IPv6", 50: "ESP", 51: "AH", 58: "ICMPv6", 108: "IPComp",
+}  # fmt: skip
+_EXTENSIONS: Final = {0: 8, 43: 8, 60: 8}  # hop-by-hop, routing, destination options: length in units of 8 octets
+_serial = count()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One captured Ethernet frame."""
+
+    time: float
+    data: bytes
+
+    @property
+    def ethertype(self) -> int:
+        """The frame's EtherType."""
+        return int.from_bytes(self.data[12:14], "big")
+
+    @property
+    def version(self) -> int:
+        """4, 6, or 0 when it is not IP."""
+        return {ETHERTYPE_IPV4: 4, ETHERTYPE_IPV6: 6}.get(self.ethertype, 0)
+
+    @property
+    def ip(self) -> bytes:
+        """The IP datagram without Ethernet padding."""
+        packet = self.data[14:]
+        length = int.from_bytes(packet[2:4], "big") if self.version == 4 else 40 + int.from_bytes(packet[4:6], "big")
+        return packet[: length or None]
+
+    @cached_property
+    def _upper(self) -> tuple[int, int, int]:
+        """Protocol, offset of its header in the frame, fragment offset in octets."""
+        data = self.data
+        if self.version == 4:
+            return data[23], 14 + (data[14] & 15) * 4, (int.from_bytes(data[20:22], "big") & 0x1FFF) * 8
+        protocol, offset, fragment = data[20], 54, 0
+        while True:
+            if protocol == 44:
+                fragment = int.from_bytes(data[offset + 2 : offset + 4], "big") & 0xFFF8
+                protocol, offset = data[offset], offset + 8
+            elif protocol in _EXTENSIONS and fragment == 0:
+                protocol, offset = data[offset], offset + (data[offset + 1] + 1) * 8
+            else:
+                return protocol, offset, fragment
+
+    @property
+    def protocol(self) -> int:
+        """Upper-layer protocol (also of a fragment), -1 when it is not IP."""
+        return self._upper[0] if self.version else -1
+
+    @property
+    def fragment_offset(self) -> int:
+        """Octets; 0 for a first fragment and for a whole datagram."""
+        return self._upper[2] if self.version else 0
+
+    @property
+    def payload(self) -> bytes:
+        """From the upper-layer header on."""
+        return self.data[self._upper[1] :]
+
+    @property
+    def src(self) -> str:
+        """Source address as text."""
+        return _address(self.data[26:30] if self.version == 4 else self.data[22:38])
+
+    @property
+    def dst(self) -> str:
+        """Destination address as text."""
+        return _address(self.data[30:34] if self.version == 4 else self.data[38:54])
+
+    @property
+    def esp(self) -> tuple[int, int] | None:
+        """(SPI, sequence number) of an ESP packet's first fragment, UDP encapsulation looked through."""
+        if self.version == 0 or self.fragment_offset:
+            return None
+        payload = self.payload
+        if self.protocol == 17 and b"\x11\x94" in (payload[:2], payload[2:4]) and payload[8:12] != bytes(4):
+            payload = payload[8:]
+        elif self.protocol != 50:
+            return None
+        if len(payload) < 8:
+            return None
+        spi, sequence = struct.unpack_from("!II", payload)
+        return spi, sequence
+
+    @property
+    def is_neighbour_discovery(self) -> bool:
+        """IPv6's ARP (and router discovery)."""
+        return self.protocol == 58 and self.payload[:1] != b"" and self.payload[0] in NEIGHBOUR_DISCOVERY
+
+    def __str__(self) -> str:
+        if not self.version:
+            return {0x0806: "ARP"}.get(self.ethertype, f"ethertype 0x{self.ethertype:04x}")
+        what = _NAMES.get(self.protocol, f"protocol {self.protocol}")
+        if esp := self.esp:
+            what = f"ESP(spi=0x{esp[0]:08x},seq=0x{esp[1]:x})"
+        if self.fragment_offset:
+            what += f" fragment at {self.fragment_offset}"
+        return f"IP{'6' if self.version == 6 else ''} {self.src} > {self.dst}: {what}, length {len(self.payload)}"
+
+
+class Capture:
+    """tcpdump on a device, into a file that lives as long as the lab; it records inside ``with``."""
+
+    def __init__(self, space: Namespace, device: str, *, expression: str = "", snaplen: int = 0) -> None:
+        self.space, self.device = space, device
+        self.path: Path = space.lab.directory / f"{space.role}-{device}-{next(_serial)}.pcap"
+        self._log = self.path.with_suffix(".log")
+        self._argv = ["tcpdump", "-n", "-i", device, "-U", "-B", "65536", "-Z", "root", "-s", str(snaplen)]
+        self._argv += ["-w", str(self.path), *expression.split()]
+
+    def __enter__(self) -> Capture:
+        self._process = self.space.popen(*self._argv, log=self._log)
+        wait_for(lambda: self._log.exists() and "listening on" in self._log.read_text(), f"tcpdump on {self.device}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stop(self._process)
+
+    def settle(self, quiet: float = 0.2) -> None:
+        """Wait until the file has stopped growing: everything sent so far is in it."""
+        size = -1
+        while size != (size := self.path.stat().st_size):
+            self.space.run("sleep", str(quiet))
+
+    @property
+    def lost(self) -> int:
+        """Frames that the kernel could not hand to tcpdump; known after the capture has ended."""
+        match = re.search(r"(\d+) packets? dropped by kernel", self._log.read_text())
+        if match is None:
+            raise LabError(f"tcpdump has not ended properly: {self._log.read_text()}")
+        return int(match[1])
+
+    def frames(self) -> list[Frame]:
+        """All frames so far."""
+        return list(read(self.path))
+
+    def contains(self, needle: bytes) -> bool:
+        """Does any captured frame hold these octets?"""
+        with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return view.find(needle) >= 0
+
+
+def read(path: Path) -> Iterator[Frame]:
+    """Frames of a pcap file (microseconds or nanoseconds, either byte order), a half-written last one left out."""
+    with path.open("rb") as file:
+        header = file.read(24)
+        if len(header) < 24:
+            return
+        order = "<" if header[:4] in (b"\xd4\xc3\xb2\xa1", b"\x4d\x3c\xb2\xa1") else ">"
+        scale = 1e9 if header[:4] in (b"\x4d\x3c\xb2\xa1", b"\xa1\xb2\x3c\x4d") else 1e6
+        while len(record := file.read(16)) == 16:
+            seconds, fraction, size, _ = struct.unpack(order + "IIII", record)
+            data = file.read(size)
+            if len(data) < size:
+                return
+            yield Frame(seconds + fraction / scale, data)
+
+
+def in_clear(frames: Iterable[Frame], *networks: str) -> list[Frame]:
+    """Frames that show a protected network's address in their outermost header: each one is a leak."""
+    nets = [ipaddress.ip_network(text) for text in networks]
+    return [
+        frame for frame in frames
+        if frame.version and any(
+            ipaddress.ip_address(text) in net for net in nets for text in (frame.src, frame.dst)
+        )
+    ]  # fmt: skip
+
+
+def other_than_esp(frames: Iterable[Frame]) -> list[Frame]:
+    """Frames that are neither ESP (bare or in UDP) nor address resolution."""
+    return [
+        frame for frame in frames
+        if frame.version and frame.protocol != 50 and frame.esp is None and not frame.is_neighbour_discovery
+    ]  # fmt: skip
+
+
+def repeated_sequence_numbers(frames: Iterable[Frame]) -> list[tuple[str, int, int]]:
+    """(destination, SPI, sequence) seen more than once with different content: a reused IV."""
+    seen: dict[tuple[str, int, int], bytes] = {}
+    twice = []
+    for frame in frames:
+        if esp := frame.esp:
+            key = (frame.dst, *esp)
+            if seen.setdefault(key, frame.payload) != frame.payload:
+                twice.append(key)
+    return twice
+
+
+def inject(space: Namespace, device: str, *frames: bytes) -> None:
+    """Put Ethernet frames on the wire as they are."""
+    with space.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as raw:
+        raw.bind((device, 0))
+        for frame in frames:
+            raw.send(frame)
+
+
+def _address(packed: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)

@@ -1,0 +1,194 @@
+"""The Linux kernel's own IPsec as a peer: a User-Mode Linux on a tap device, booted once, commanded many times.
+
+Debian's ``user-mode-linux`` brings the kernel, the host's file system (hostfs) brings every program.  The guest writes
+only below its temporary directory.  Commands travel as JSON lines over a serial line that is one end of a socket
+pair, so nothing in the guest's network has to work for the peer to be controlled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from ipsecq.lab.netns import LabError, Namespace
+
+KERNEL: Final = "/usr/bin/linux.uml"
+MODULES_DIRECTORY: Final = Path("/usr/lib/uml/modules")
+MODULES: Final = (
+    "esp4", "esp6", "ah4", "ah6", "ipcomp", "ipcomp6", "xfrm_user", "af_key", "tunnel4", "tunnel6", "xfrm4_tunnel",
+    "xfrm6_tunnel", "aes_generic", "udp_tunnel", "ip6_udp_tunnel", "dummy",
+)  # fmt: skip
+BOOT_SECONDS: Final = 30.0
+
+_INIT: Final = """#!/bin/sh
+# PID 1 of the peer: file systems, modules, then the agent.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t tmpfs tmpfs {root}/run
+mount -t tmpfs tmpfs /run
+mknod {root}/run/agent c 4 65
+echo {root}/modprobe > /proc/sys/kernel/modprobe
+modprobe -d {root} -a {modules}
+ip link set lo up
+ip link set vec0 name eth0 address {mac} 2>/dev/null || ip link set vec0 name eth0
+ip link set eth0 up
+echo 1 > /proc/sys/net/ipv4/ip_forward
+for f in /proc/sys/net/ipv6/conf/*/accept_dad; do echo 0 > $f; done
+echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+{python} -I {agent} {root}/run/agent
+echo o > /proc/sysrq-trigger
+sleep 5
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command in the peer gave back."""
+
+    rc: int
+    out: str
+    err: str
+
+
+def missing() -> str:
+    """Why User-Mode Linux cannot run here, or an empty string."""
+    if not Path(KERNEL).exists() or not MODULES_DIRECTORY.is_dir():
+        return "Debian package user-mode-linux is not installed"
+    if shutil.which("depmod") is None:
+        return "Debian package kmod is not installed"
+    return "" if os.geteuid() == 0 else "needs root"
+
+
+class UmlPeer:
+    """One booted kernel.  It owns the far end of ``tap`` in ``space``; its own device is called ``eth0``.
+
+    Raises LabError with the console's last lines when it doesn't come up or a checked command fails.
+    """
+
+    def __init__(self, space: Namespace, tap: str, *, memory: str = "256M", mac: str = "02:00:00:00:00:02") -> None:
+        self.space, self.tap = space, tap
+        self.root = space.lab.directory / f"uml-{tap}"
+        self.console = self.root / "console"
+        self._buffer = b""
+        self._process: subprocess.Popen[bytes] | None = None
+        if why := missing():
+            raise LabError(f"no User-Mode Linux: {why}")
+        version = self._prepare(mac)
+        ours, theirs = socket.socketpair()
+        self._line = ours
+        space.lab.on_close(self.close)
+        descriptor = theirs.fileno()
+        try:
+            self._process = space.popen(
+                KERNEL, "rootfstype=hostfs", "root=/dev/root", "rootflags=/", "rw", f"mem={memory}", "quiet",
+                f"uml_dir={self.root}/run-host/", f"vec0:transport=tap,ifname={tap},depth=128,gro=0",
+                f"init={self.root}/init", "con=null", "con0=null,fd:1", "ssl=null", f"ssl1=fd:{descriptor}",
+                log=self.console, pass_fds=[descriptor], env={"TMPDIR": "/dev/shm"},  # noqa: S108 - the guest's memory is a file there
+            )  # fmt: skip
+        finally:
+            theirs.close()
+        started = time.monotonic()
+        try:
+            self._receive(BOOT_SECONDS)
+        except LabError:
+            self.close()
+            raise
+        self.version, self.boot_seconds = version, time.monotonic() - started
+
+    def _prepare(self, mac: str) -> str:
+        versions = sorted(path.name for path in MODULES_DIRECTORY.iterdir())
+        version = versions[-1]
+        for name in ("run", "run-host", "lib/modules"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+        shutil.copytree(MODULES_DIRECTORY / version, self.root / "lib/modules" / version, symlinks=True)
+        self.space.lab.run("depmod", "-b", str(self.root), version)
+        agent = Path(__file__).with_name("uml_agent.py")
+        python = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
+        text = _INIT.format(root=self.root, modules=" ".join(MODULES), agent=agent, python=python, mac=mac)
+        for name, content in (("init", text), ("modprobe", f'#!/bin/sh\nexec /sbin/modprobe -d {self.root} "$@"\n')):
+            (self.root / name).write_text(content)
+            (self.root / name).chmod(0o755)
+        return version
+
+    def __enter__(self) -> UmlPeer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, *argv: str, check: bool = True, timeout: float = 30.0, stdin: str = "") -> Result:
+        """Run a program in the peer; LabError with its output when ``check`` and it failed."""
+        answer = self._ask({"op": "run", "argv": argv, "stdin": stdin, "timeout": timeout}, timeout + 10)
+        result = Result(answer["rc"], answer["out"], answer["err"])
+        if check and result.rc:
+            raise LabError(f"in the peer: {' '.join(argv)}: exit {result.rc}\n{result.out}{result.err}")
+        return result
+
+    def spawn(self, *argv: str) -> int:
+        """Start a program in the peer's background; its pid there.  :meth:`kill` ends it."""
+        answer = self._ask({"op": "spawn", "argv": argv, "log": str(self.root / "run" / "spawned")}, 10)
+        if answer["rc"]:
+            raise LabError(f"in the peer: {' '.join(argv)}: {answer['err']}")
+        return int(answer["pid"])
+
+    def kill(self, pid: int) -> int:
+        """End a spawned program; its exit status."""
+        return int(self._ask({"op": "kill", "pid": pid}, 15)["rc"])
+
+    def ip(self, *lines: str) -> None:
+        """Run many ``ip`` command lines (without the word ``ip``) in one go."""
+        self.run("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
+
+    def flush(self) -> None:
+        """Forget all states and policies."""
+        self.ip("xfrm state flush", "xfrm policy flush")
+
+    def close(self) -> None:
+        """Switch the kernel off; end the process if it does not go by itself."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)  # the agent reads an end of file and init switches off
+            self._line.close()
+        try:
+            process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
+        self._line.settimeout(patience)
+        self._line.sendall(json.dumps(request).encode() + b"\n")
+        return self._receive(patience)
+
+    def _receive(self, patience: float) -> dict[str, Any]:
+        deadline = time.monotonic() + patience
+        while True:
+            while b"\n" in self._buffer:
+                line, self._buffer = self._buffer.split(b"\n", 1)
+                if line.startswith(b"{"):
+                    answer: dict[str, Any] = json.loads(line)
+                    return answer
+            self._line.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                more = self._line.recv(65536)
+            except TimeoutError:
+                more = b""
+            if not more:
+                tail = self.console.read_text(errors="replace")[-2000:] if self.console.exists() else ""
+                raise LabError(f"User-Mode Linux gave no answer within {patience} s; its console:\n{tail}")
+            self._buffer += more
