@@ -1,0 +1,56 @@
+# Every target installs what it needs first: Debian packages and a virtual environment in .venv, only what is missing.
+SHELL   := /bin/sh
+PYTHON  ?= python3
+VENV    ?= .venv
+PREFIX  ?= /opt/ipsecq
+ETC     ?= /etc/ipsecq
+BIN     ?= /usr/local/bin
+UNITS   ?= /etc/systemd/system
+PYTEST  ?=
+BENCH   ?=
+export PYTHON
+
+PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
+PACKAGES_RUN   := nftables iptables iproute2
+PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
+PACKAGES_TEST  := $(PACKAGES_LAB) conntrack tshark user-mode-linux kmod
+
+.PHONY: help demo test check bench install uninstall clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo '  make test PYTEST="tests/unit -k replay"  passes arguments on to pytest; bench takes BENCH=, all take PYTHON='
+
+demo: ## two gateways and two hosts in network namespaces, real traffic through ESP (root)
+	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@tools/need-venv $(VENV)
+	@$(VENV)/bin/python -m ipsecq.lab.demo $(DEMO)
+
+test: ## the whole test suite, linters included (root)
+	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_TEST)
+	@tools/need-venv $(VENV) test
+	@$(VENV)/bin/python -m pytest $(PYTEST)
+
+check: ## ruff, mypy --strict, and the contract that imports only point down
+	@tools/need-packages $(PACKAGES_BUILD)
+	@tools/need-venv $(VENV) test
+	@$(VENV)/bin/ruff check --quiet --output-format=concise .
+	@$(VENV)/bin/mypy --no-error-summary
+	@$(VENV)/bin/lint-imports --no-logo >/dev/null || $(VENV)/bin/lint-imports
+	@echo "check: clean"
+
+bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it (root)
+	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@tools/need-venv $(VENV) lab
+	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
+
+install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
+	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)
+	@tools/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+
+uninstall: ## take it away again; /etc/ipsecq and /var/lib/ipsecq stay (root)
+	@tools/uninstall '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+
+clean: ## remove the virtual environment and everything generated
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""What every test gets: a time limit, and a skip with its reason where root or User-Mode Linux is missing."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from ipsecq.lab import uml
+
+DEFAULT_SECONDS = 120
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "seconds(n): time limit of this test, fixtures included (default 120)")
+
+
+def pytest_collection_modifyitems(items):
+    no_root = "" if os.geteuid() == 0 else "needs root: namespaces and netfilter"
+    no_uml = uml.missing()
+    for item in items:
+        if no_root and item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason=no_root))
+        if no_uml and item.get_closest_marker("uml"):
+            item.add_marker(pytest.mark.skip(reason=no_uml))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that hangs is a test that fails, and its fixtures still clean up."""
+    marker = item.get_closest_marker("seconds")
+    seconds = marker.args[0] if marker else DEFAULT_SECONDS
+
+    def expire(number, frame):
+        raise TimeoutError(f"{item.nodeid} took longer than {seconds} s")
+
+    old = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
