@@ -1,0 +1,250 @@
+"""The SPD compiled to nft text: our ``inet`` table, its ``netdev`` companion for egress, and updates of both.
+
+A packet's way through the table::
+
+    prerouting  -250  enc0 → inner rules, accept · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
+                      of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery → accept
+                      · inbound policies (clear packets only) · default policy
+    postrouting  150  ours, neighbour discovery → accept · outbound policies → guard → worker · default policy
+    egress            (netdev, each guarded device) what was replaced → drop
+
+Every text here is one transaction: the kernel shows the old rules to a packet, or the new ones, never none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from ipsecq.netfilter.plan import Plan
+from ipsecq.netfilter.settings import NetfilterSettings
+from ipsecq.netfilter.steering import buckets
+from ipsecq.policy.model import Policy
+from ipsecq.sysctl import FamilyKnobs, Sysctl
+
+COUNTERS: Final = (
+    "in_clear_dropped",
+    "in_discard_dropped",
+    "in_default_dropped",
+    "out_discard_dropped",
+    "out_default_dropped",
+    "out_unguarded_dropped",
+    "blocked_dropped",
+    "natt_keepalives",
+)
+"""Named counters of the table: drops (and keepalives) that the kernel does without a worker."""
+
+PROTOCOLS: Final = "{ esp, ah, comp }"
+BLOCK: Final = "counter name blocked_dropped drop"
+
+
+def worker_chains(settings: NetfilterSettings) -> dict[str, tuple[int, int, bool]]:
+    """Chains that hold a queue statement: name → (first queue, last queue, bypass)."""
+    first, last = settings.queue_base, settings.queue_base + settings.workers - 1
+    chains: dict[str, tuple[int, int, bool]] = {}
+    for prefix, bypass in (("worker", settings.queue_bypass), ("open", True)):
+        for worker in range(settings.workers):
+            chains[f"{prefix}_{worker}"] = first + worker, first + worker, bypass
+        chains[f"{prefix}_spread"] = first, last, bypass
+    return chains
+
+
+def compile_ruleset(
+    policies: Iterable[Policy],
+    settings: NetfilterSettings,
+    sysctl: Sysctl,
+    guarded: Mapping[int, str] | None = None,
+    plan: Plan | None = None,
+) -> str:
+    """The whole ruleset as nft text that replaces ours, or makes it, in one transaction.
+
+    ``guarded`` maps interface indexes to names: devices that get an egress chain; outbound protected traffic to any other
+    device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader` puts the
+    queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
+    """
+    plan = plan if plan is not None else Plan(settings.table, settings.workers)
+    table = settings.table
+    lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
+    lines += ["  " + line for line in _skeleton(settings, sysctl, guarded or {})]
+    lines += ["}", *plan.update(policies, sysctl), *_defaults(settings, sysctl)]
+    lines += [f'include "{path}"' for path in settings.inner_files]
+    return "\n".join(lines) + "\n" + compile_egress(guarded or {}, settings)
+
+
+def compile_update(policies: Iterable[Policy], settings: NetfilterSettings, sysctl: Sysctl, plan: Plan) -> str:
+    """One transaction from what ``plan`` describes to these policies and knobs; worker chains stay as they are.
+
+    Costs set commands for what changed only; with nothing changed it rewrites the two default chains, no more.
+    """
+    return "\n".join([*plan.update(policies, sysctl), *_defaults(settings, sysctl)]) + "\n"
+
+
+def compile_block(settings: NetfilterSettings) -> str:
+    """Block protected traffic: every worker chain drops, ``fail_open`` policies pass.  For stop; the table must be there."""
+    lines: list[str] = []
+    for chain, (_, _, bypass) in worker_chains(settings).items():
+        lines.append(f"flush chain inet {settings.table} {chain}")
+        lines.append(f"add rule inet {settings.table} {chain} {'accept' if bypass else BLOCK}")
+    lines.append(f"flush chain inet {settings.table} in_clear_open")
+    lines.append(f"add rule inet {settings.table} in_clear_open accept")
+    return "\n".join(lines) + "\n"
+
+
+def compile_egress(guarded: Mapping[int, str], settings: NetfilterSettings) -> str:
+    """The netdev table, replaced: for each device a chain that drops what was replaced (mark STOLEN)."""
+    table = settings.table
+    lines = [f"add table netdev {table}", f"delete table netdev {table}", f"table netdev {table} {{"]
+    lines.append("  counter stolen { }")
+    for index, device in guarded.items():
+        lines.append(f"  chain {egress_chain(index)} {{")
+        lines.append(f'    type filter hook egress device "{device}" priority 0; policy accept;')
+        lines.append(f"    {settings.stolen} counter name stolen drop")
+        lines.append("  }")
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def compile_guard(guarded: Mapping[int, str], settings: NetfilterSettings) -> str:
+    """Add devices: egress chain and set element in one transaction, so no device is trusted before it has its chain."""
+    lines: list[str] = []
+    for index, device in guarded.items():
+        lines.append(
+            f"add chain netdev {settings.table} {egress_chain(index)} "
+            f'{{ type filter hook egress device "{device}" priority 0; policy accept; }}'
+        )
+        lines.append(f"flush chain netdev {settings.table} {egress_chain(index)}")
+        lines.append(
+            f"add rule netdev {settings.table} {egress_chain(index)} {settings.stolen} counter name stolen drop"
+        )
+        lines.append(f"add element inet {settings.table} guarded {{ {index} }}")
+    return "\n".join(lines) + "\n"
+
+
+def egress_chain(index: int) -> str:
+    """Name of a device's egress chain; by index, as device names change and hold any character."""
+    return f"egress_{index}"
+
+
+def compile_remove(settings: NetfilterSettings) -> str:
+    """Take both tables away, whether they are there or not."""
+    lines = (f"{verb} table {family} {settings.table}" for family in ("inet", "netdev") for verb in ("add", "delete"))
+    return "\n".join(lines) + "\n"
+
+
+def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int, str]) -> Iterator[str]:
+    for counter in COUNTERS:
+        yield f"counter {counter} {{ }}"
+    # Interface indexes, not names: a device that goes and comes back under its old name is not trusted before it has
+    # an egress chain of its own.
+    elements = f" elements = {{ {', '.join(map(str, guarded))} }};" if guarded else ""
+    yield f"set guarded {{ type iface_index;{elements} }}"
+    for chain, (_, _, bypass) in worker_chains(settings).items():
+        yield f"chain {chain} {{ {'accept' if bypass else BLOCK}; }}"
+    for suffix in (*map(str, range(settings.workers)), "spread"):
+        yield f"chain out_worker_{suffix} {{"
+        yield "  oif != @guarded counter name out_unguarded_dropped drop"
+        yield f"  goto worker_{suffix}"
+        yield "}"
+        yield f"chain out_open_{suffix} {{"
+        yield "  oif != @guarded accept"
+        yield f"  goto open_{suffix}"
+        yield "}"
+    yield "chain in_clear { counter name in_clear_dropped drop; }"
+    yield "chain in_clear_open { counter name in_clear_dropped drop; }"
+    yield "chain in_discard { counter name in_discard_dropped drop; }"
+    yield "chain out_discard { counter name out_discard_dropped drop; }"
+    for chain in ("inner", "inner_filter", "default_in", "default_out"):
+        yield f"chain {chain} {{ }}"
+    for side in ("in", "out"):
+        yield f"chain policy_{side}_ipv4 {{ }}"
+        yield f"chain policy_{side}_ipv6 {{ }}"
+    yield from _spi_chain(settings)
+    yield from _prerouting(settings)
+    yield from _postrouting(settings)
+
+
+def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
+    count = buckets(settings.workers)
+    targets = ", ".join(f"{bucket} : goto worker_{bucket % settings.workers}" for bucket in range(count))
+    yield "chain steer {"
+    for field in ("esp spi", "ah spi", "comp cpi"):
+        yield f"  {field} & {count - 1} vmap {{ {targets} }}"
+    yield "}"
+    yield "chain steer_udp {"
+    # RFC 3948: one octet 0xff is a keepalive, four zero octets mark IKE, anything else is ESP.
+    yield "  udp length 9 @th,64,8 0xff counter name natt_keepalives drop"
+    yield f"  udp length > 12 @th,64,32 != 0 @th,64,32 & {count - 1} vmap {{ {targets} }}"
+    yield "}"
+    ports = _ports(settings)
+    yield "chain too_big {"
+    # The quoted packet begins after the 8 octets of the ICMP header; an IPv4 header without options is assumed where
+    # ports are looked at, as ours have none.
+    yield f"  icmp type 3 icmp code 4 @th,136,8 {{ 50, 51, 108 }} goto worker_0"
+    yield f"  icmp type 3 icmp code 4 @th,64,8 0x45 @th,136,8 17 @th,224,16 {ports} goto worker_0"
+    yield f"  icmpv6 type 2 @th,112,8 {{ 50, 51, 108 }} goto worker_0"
+    yield f"  icmpv6 type 2 @th,112,8 17 @th,384,16 {ports} goto worker_0"
+    yield "}"
+
+
+def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
+    yield "chain prerouting {"
+    yield "  type filter hook prerouting priority -250; policy accept;"
+    # These rules match nothing; that they exist makes the kernel put fragments together before this hook.
+    if settings.defragment == "tproxy":
+        yield "  meta length 0 meta l4proto tcp tproxy to :1"
+    elif settings.defragment == "ct":
+        yield "  meta length 0 ct state new counter"
+    yield f'  iifname "{settings.enc_device}" goto inner_filter'
+    if not settings.loopback:
+        yield '  iif "lo" accept'
+    yield f"  meta l4proto {PROTOCOLS} fib daddr type local goto steer"
+    yield f"  udp dport {_ports(settings)} fib daddr type local jump steer_udp"
+    yield "  meta l4proto { icmp, icmpv6 } fib daddr type local jump too_big"
+    if settings.loopback:
+        yield f'  iif "lo" {settings.done} accept'
+    if settings.socket_match:
+        done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
+        yield f"  meta l4proto {{ tcp, udp }} socket mark & {done} accept"
+    yield from _exempt(settings)
+    yield from _policies("in")
+
+
+def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
+    yield "chain postrouting {"
+    yield "  type filter hook postrouting priority 150; policy accept;"
+    yield f"  {settings.done} accept"
+    if not settings.loopback:
+        yield '  oif "lo" accept'
+    yield from _exempt(settings)
+    yield from _policies("out")
+
+
+def _exempt(settings: NetfilterSettings) -> Iterator[str]:
+    if settings.neighbour_discovery:
+        yield "  icmpv6 type { 133, 134, 135, 136, 137 } ip6 hoplimit 255 accept"
+
+
+def _policies(side: str) -> Iterator[str]:
+    yield f"  meta nfproto ipv4 jump policy_{side}_ipv4"
+    yield f"  meta nfproto ipv6 jump policy_{side}_ipv6"
+    yield f"  jump default_{side}"
+    yield "}"
+
+
+def _defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
+    table = settings.table
+    families: tuple[tuple[str, FamilyKnobs], ...] = (("ipv4", sysctl.v4), ("ipv6", sysctl.v6))
+    for side in ("in", "out"):
+        yield f"flush chain inet {table} default_{side}"
+        for family, knobs in families:
+            if knobs.def_policy == 0:
+                drop = f"counter name {side}_default_dropped drop"
+                yield f"add rule inet {table} default_{side} meta nfproto {family} {drop}"
+    yield f"flush chain inet {table} inner_filter"
+    for family, knobs in families:
+        if knobs.filtertunnel:
+            yield f"add rule inet {table} inner_filter meta nfproto {family} jump inner"
+    yield f"add rule inet {table} inner_filter accept"
+
+
+def _ports(settings: NetfilterSettings) -> str:
+    return f"{{ {', '.join(map(str, settings.natt_ports))} }}"
