@@ -12,7 +12,11 @@ BIN = Path(sys.executable).parent
 
 @pytest.mark.parametrize(
     "argv",
-    [["ruff", "check", "--quiet", "--output-format=concise", "."], ["mypy", "--no-error-summary"], ["lint-imports", "--no-logo"]],
+    [
+        ["ruff", "check", "--quiet", "--output-format=concise", "."],
+        ["mypy", "--no-error-summary"],
+        ["lint-imports", "--no-logo"],
+    ],
     ids=lambda argv: argv[0],
 )
 def test_the_code_is_clean_under(argv):
