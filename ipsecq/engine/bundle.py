@@ -1,0 +1,66 @@
+"""A bundle: the SAs of one policy for one flow, in the order in which they are applied (RFC 4301 appendix, KAME)."""
+
+from __future__ import annotations
+
+from ipsecq.engine.emit import Emissions
+from ipsecq.engine.outbound_sa import OutboundStep
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.view import PacketView
+
+MAX_TRANSFORMS = 4
+"""Transforms that one policy may name (BSD's limit)."""
+
+
+class Bundle:
+    """The steps for one flow, innermost first, and what they do to a packet's size."""
+
+    __slots__ = ("_largest", "dst", "first", "single", "steps", "view")
+
+    def __init__(self, steps: tuple[OutboundStep, ...], dst: bytes) -> None:
+        self.steps = steps
+        self.first = steps[0]
+        self.single = len(steps) == 1
+        self.dst = dst
+        """Where the finished datagram goes: the outermost tunnel's far end, or the packet's own destination."""
+        self.view = PacketView()
+        self._largest: dict[tuple[int, int], int] = {}
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """The finished datagram, or the Counter of the drop.  ``view`` has loaded ``packet``."""
+        result = self.first.apply(packet, view, now, emit)
+        if self.single or result.__class__ is int:
+            return result
+        for step in self.steps[1:]:
+            assert not isinstance(result, int)
+            self.view.load(result)
+            result = step.apply(result, self.view, now, emit)
+            if result.__class__ is int:
+                return result
+        return result
+
+    def sealed_length(self, length: int, header: int) -> int:
+        """Octets of the finished datagram for a packet of ``length`` whose IP header has ``header`` octets.
+
+        IPComp counts as if nothing could be compressed.
+        """
+        for step in self.steps:
+            length = step.sealed_length(length, header)
+            if step.tunnel:
+                header = 20 if len(step.sa.dst) == 4 else 40
+        return length
+
+    def largest(self, mtu: int, header: int) -> int:
+        """The largest packet whose finished datagram fits ``mtu``: the tunnel's MTU for this flow.  May be below 68."""
+        found = self._largest.get((mtu, header))
+        if found is None:
+            low, high = header, mtu
+            while low < high:
+                middle = (low + high + 1) // 2
+                if self.sealed_length(middle, header) <= mtu:
+                    low = middle
+                else:
+                    high = middle - 1
+            if len(self._largest) > 64:  # path MTUs come and go; a peer must not make this grow
+                self._largest.clear()
+            found = self._largest[mtu, header] = low
+        return found

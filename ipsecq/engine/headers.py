@@ -1,0 +1,117 @@
+"""IP headers around transforms: a tunnel's outer header, and a packet's own header in transport mode.
+
+DSCP, ECN, DF, TTL and flow label by RFC 4301 section 5.1.2, RFC 6040 and the knobs ``ecn`` and ``dfbit`` of ipsec(4).
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+from ipsecq.packet import ipv4
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.checksum import update
+from ipsecq.packet.view import PacketView
+
+TUNNEL_TTL: Final = 64
+"""TTL and hop limit of outer headers: the tunnel is one hop for the inner packet, however long."""
+
+_IPV4: Final = Struct(">BBHHHBBH4s4s")
+_IPV6: Final = Struct(">IHBB16s16s")
+
+ECN_ALLOWED: Final = 1
+ECN_FORBIDDEN: Final = 0
+ECN_NOCARE: Final = -1
+
+_CE: Final = 3
+
+
+class OuterHeader:
+    """Makes the outer headers of one tunnel.  The parts that never change are summed once.
+
+    ``ecn`` and ``dfbit`` are the knobs; a change of a knob makes a new object.
+    """
+
+    __slots__ = ("_base", "_dfbit", "_dst", "_identification", "_protocol", "_src", "_tos_mask", "length", "version")
+
+    def __init__(self, src: bytes, dst: bytes, protocol: int, *, ecn: int, dfbit: int, identification: int = 0) -> None:
+        self.version = 4 if len(dst) == 4 else 6
+        self.length = 20 if self.version == 4 else 40
+        self._src, self._dst, self._protocol = src, dst, protocol
+        self._tos_mask = 0xFC if ecn == ECN_FORBIDDEN else 0xFF
+        self._dfbit = dfbit
+        self._identification = identification
+        self._base = 0
+        if self.version == 4:
+            # A whole address counts in the checksum as its words do: 2^16 is 1 modulo 65535.
+            self._base = (
+                0x4500 + (TUNNEL_TTL << 8) + protocol + int.from_bytes(src, "big") + int.from_bytes(dst, "big")
+            )
+
+    def build(self, payload: int, tos: int, inner_df: bool, flow_label: int, sequence: int) -> bytes:
+        """The outer header for ``payload`` octets behind it.
+
+        ``tos`` and ``flow_label`` are the inner packet's (IPv4 inner: label 0), ``sequence`` gives IPv4's identification
+        so that fragments of neighbouring packets do not mix.  About 0.5 µs.
+        """
+        tos &= self._tos_mask
+        if self.version == 6:
+            return _IPV6.pack(0x60000000 | tos << 20 | flow_label, payload, self._protocol, TUNNEL_TTL, self._src, self._dst)
+        length = payload + 20
+        identification = (self._identification + sequence) & 0xFFFF
+        dfbit = self._dfbit
+        df = 0x4000 if dfbit == 1 or (dfbit == 2 and inner_df) else 0
+        checksum = -(self._base + tos + length + identification + df) % 65535
+        return _IPV4.pack(
+            0x45, tos, length, identification, df, TUNNEL_TTL, self._protocol, checksum, self._src, self._dst
+        )
+
+
+def decapsulated_ecn(inner: int, outer: int) -> int:
+    """The inner packet's new ECN field, or -1 when it must be dropped (RFC 6040 section 4.2, figure 4).
+
+    Both arguments are ECN fields, 0 to 3.
+    """
+    if outer == _CE:
+        return -1 if inner == 0 else _CE
+    if outer == 1 and inner == 2:
+        return 1
+    return inner
+
+
+def with_tos(packet: bytes, tos: int) -> bytes:
+    """``packet`` with another TOS octet or traffic class; the IPv4 header checksum is updated (RFC 1624)."""
+    changed = bytearray(packet)
+    if packet[0] >> 4 == 4:
+        before = packet[0] << 8 | packet[1]
+        after = packet[0] << 8 | tos
+        changed[1] = tos
+        checksum = update(packet[10] << 8 | packet[11], before, after)
+        changed[10], changed[11] = checksum >> 8, checksum & 0xFF
+    else:
+        changed[0] = 0x60 | tos >> 4
+        changed[1] = (tos & 15) << 4 | packet[1] & 15
+    return bytes(changed)
+
+
+def own_header(packet: Buffer, view: PacketView, protocol: int, payload: int) -> bytes:
+    """The packet's own header, up to ``view.header_length``, around another payload: for transport mode.
+
+    ``payload`` is the new payload's length in octets, ``protocol`` its protocol.  b"" when the packet would be
+    longer than IP allows.
+    """
+    end = view.header_length
+    length = end + payload
+    head = bytearray(packet[:end])
+    head[view.header_nexthdr] = protocol
+    if view.version == 4:
+        if length > 65535:
+            return b""
+        head[2], head[3] = length >> 8, length & 0xFF
+        ipv4.fix_checksum(head)
+    else:
+        length -= 40
+        if length > 65535:
+            return b""
+        head[4], head[5] = length >> 8, length & 0xFF
+    return bytes(head)

@@ -1,0 +1,257 @@
+"""A packet's way in: SAD, replay window, authentication, history, and at the end the inbound SPD.
+
+:meth:`Inbound.process` is called for each packet that nftables diverts at PREROUTING.  It opens one header after the
+other for as long as there is one that is ours, keeps the history of what it opened, and hands the innermost packet over
+if its policy agrees with that history.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ipsecq.counters import FIRST_DROP, Counter, Fate
+from ipsecq.engine import history
+from ipsecq.engine.emit import Emissions
+from ipsecq.engine.headers import ECN_NOCARE, decapsulated_ecn, own_header, with_tos
+from ipsecq.engine.history import Applied, History
+from ipsecq.engine.inbound_sa import InboundSa, make_inbound
+from ipsecq.engine.pmtu import PathMtuCheck
+from ipsecq.engine.tables import Tables
+from ipsecq.numbers import (
+    IPPROTO_ICMP,
+    IPPROTO_ICMPV6,
+    IPPROTO_IPV4,
+    IPPROTO_IPV6,
+    IPPROTO_NONE,
+    IPPROTO_UDP,
+    Direction,
+    Mode,
+    Protocol,
+)
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.fragments import Reassembler
+from ipsecq.packet.view import PacketView
+from ipsecq.transforms import natt
+
+MAX_DEPTH: Final = 16
+"""Headers that one packet may have opened: four transforms a policy, nested tunnels, and room to spare."""
+
+MAX_FLOWS: Final = 65536
+
+_IN: Final = int(Direction.IN)
+_ESP: Final = int(Protocol.ESP)
+_AH: Final = int(Protocol.AH)
+_IPCOMP: Final = int(Protocol.IPCOMP)
+_DONE: Final = int(Fate.DONE)
+_PASS: Final = int(Fate.PASS)
+_ABSORBED: Final = int(Fate.ABSORBED)
+_IN_PACKETS: Final = int(Counter.IN_PACKETS)
+_IN_BYTES: Final = int(Counter.IN_BYTES)
+_IN_DELIVERED: Final = int(Counter.IN_DELIVERED)
+
+_HDROPS: Final = {_ESP: Counter.ESP_HDROPS, _AH: Counter.AH_HDROPS, _IPCOMP: Counter.IPCOMP_HDROPS}
+_NOTDB: Final = {_ESP: Counter.ESP_NOTDB, _AH: Counter.AH_NOTDB, _IPCOMP: Counter.IPCOMP_NOTDB}
+_INVALID: Final = {_ESP: Counter.ESP_INVALID, _AH: Counter.AH_INVALID, _IPCOMP: Counter.IPCOMP_INVALID}
+_PDROPS: Final = {
+    _ESP: ("esp_enable", Counter.ESP_PDROPS),
+    _AH: ("ah_enable", Counter.AH_PDROPS),
+    _IPCOMP: ("ipcomp_enable", Counter.IPCOMP_PDROPS),
+}
+
+
+class Inbound:
+    """One worker's inbound side.
+
+    ``reassembler`` puts fragmented outer datagrams together where nobody below has done so (the pcap tool; on a gateway
+    the kernel has).  Without one they are dropped.
+    """
+
+    def __init__(self, tables: Tables, reassembler: Reassembler | None = None) -> None:
+        self._tables = tables
+        self._counters = tables.counters
+        self._reassembler = reassembler
+        self._view = PacketView()
+        self._sas: dict[tuple[bytes, int, int], InboundSa] = {}
+        self._verdicts: dict[tuple[bytes, bytes, int, int, int, bool, History], int] = {}
+        self._generation = tables.generation()
+        self._ipip: dict[tuple[bytes, bytes], Applied] = {}
+        self._index_ipip()
+        self._pmtu = PathMtuCheck(tables)
+
+    def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
+        """The fate of one datagram addressed to us: a :class:`Fate`, or the Counter of the drop (counted here).
+
+        ``DONE``: ``emit.inner`` holds the opened packet.  ``PASS``: it was nothing for us and policy lets it in as it is.
+        Raises nothing, whatever the octets.
+        """
+        fate = self._open_all(packet, now, emit)
+        if fate >= FIRST_DROP:
+            self._counters[fate] += 1
+        return fate
+
+    def _forget(self) -> None:
+        """An SA, a policy or a knob has changed: drop what was derived from the old ones."""
+        generation = self._tables.generation()
+        self._verdicts.clear()
+        if generation[2] != self._generation[2]:
+            self._sas.clear()
+        else:
+            get = self._tables.sad.inbound
+            self._sas = {key: ready for key, ready in self._sas.items() if get(key) is ready.sa}
+        self._index_ipip()
+        self._generation = generation
+
+    def _index_ipip(self) -> None:
+        """Ends of IPComp tunnels: what was not worth compressing arrives from them as plain IP in IP (RFC 3173)."""
+        self._ipip = {
+            (sa.src, sa.dst): Applied(Protocol.IPCOMP, Mode.TUNNEL, sa.src, sa.dst, sa.reqid, sa.spi)
+            for sa in self._tables.sad
+            if sa.protocol is Protocol.IPCOMP and sa.mode is not Mode.TRANSPORT
+        }
+
+    # -- header after header ---------------------------------------------------------------------------
+
+    def _open_all(self, packet: Buffer, now: float, emit: Emissions) -> int:
+        view = self._view
+        counters = self._counters
+        if not view.load(packet):
+            return Counter.IP_MALFORMED
+        counters[_IN_PACKETS] += 1
+        counters[_IN_BYTES] += view.length
+        if self._generation != self._tables.generation():
+            self._forget()
+        if view.fragment_word & 0x3FFF:
+            if self._reassembler is None:
+                return Counter.IP_FRAGMENT
+            whole = self._reassembler.add(packet, now)
+            if whole is None:
+                return _ABSORBED
+            packet = whole
+            if not view.load(packet):
+                return Counter.IP_MALFORMED
+        opened: History = ()
+        fresh = False  # the packet came out of a tunnel: what is inside needs no SA of ours
+        for _ in range(MAX_DEPTH):
+            protocol = view.protocol
+            if protocol == _ESP:
+                offset, encapsulated = view.offset, 0
+            elif protocol == IPPROTO_UDP:
+                offset = natt.esp_offset(packet, view)
+                if not offset:
+                    break
+                if offset < 0:
+                    counters[Counter.NATT_KEEPALIVE] += 1
+                    return _ABSORBED
+                protocol, encapsulated = _ESP, view.sport
+            elif protocol in {_AH, _IPCOMP}:
+                offset, encapsulated = view.offset, 0
+            elif protocol in {IPPROTO_IPV4, IPPROTO_IPV6} and (view.src, view.dst) in self._ipip and not fresh:
+                opened = (*opened, self._ipip[view.src, view.dst])
+                packet = bytes(memoryview(packet)[view.offset : view.length])
+                fate = self._enter_tunnel(packet, view.tos, Counter.IPCOMP_INVALID)
+                if isinstance(fate, int):
+                    return fate
+                packet, fresh = fate, True
+                continue
+            else:
+                break
+            end = view.length
+            spi = _spi(packet, protocol, offset, end)
+            if spi < 0:
+                return _HDROPS[protocol]
+            ready = self._sas.get((view.dst, protocol, spi)) or self._ready((view.dst, protocol, spi))
+            if ready is None:
+                if fresh:
+                    break  # somebody else's packet, that came through our tunnel
+                return _NOTDB[protocol]
+            knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
+            enabled, disabled = _PDROPS[protocol]
+            if not getattr(knobs, enabled):
+                return disabled
+            reason, next_header, payload = ready.open(packet, view, offset, encapsulated, now, emit)
+            if reason:
+                return reason
+            if next_header == IPPROTO_NONE:
+                counters[Counter.ESP_DUMMY] += 1
+                return _ABSORBED
+            sa = ready.sa
+            tunnel = ready.is_tunnel(next_header)
+            opened = (
+                *opened,
+                Applied(sa.protocol, Mode.TUNNEL if tunnel else Mode.TRANSPORT, sa.src, sa.dst, sa.reqid, sa.spi),
+            )
+            if tunnel:
+                fate = self._enter_tunnel(payload, view.tos, _INVALID[protocol])
+                if isinstance(fate, int):
+                    return fate
+                packet, fresh = fate, True
+                continue
+            if sa.natt is not None:
+                payload = natt.fix_checksum(payload, next_header, view, sa.natt, knobs.natt_cksum_policy)
+            header = own_header(packet, view, next_header, len(payload))
+            packet = header + payload if header else b""
+            if not view.load(packet):
+                return _INVALID[protocol]
+        else:
+            return Counter.IN_TOODEEP
+        return self._enter(packet, opened, now, emit)
+
+    def _ready(self, key: tuple[bytes, int, int]) -> InboundSa | None:
+        """The SA for ``key``, its keys made ready; None when there is none."""
+        sa = self._tables.sad.inbound(key)
+        if sa is None:
+            return None
+        ready = self._sas[key] = make_inbound(sa, self._tables)
+        return ready
+
+    def _enter_tunnel(self, inner: bytes, outer_tos: int, invalid: Counter) -> bytes | int:
+        """Load the packet that came out of a tunnel; carry the outer ECN field over (RFC 6040)."""
+        view = self._view
+        if not view.load(inner):
+            return invalid
+        if view.length != len(inner):
+            inner = inner[: view.length]  # TFC padding (RFC 4303 section 2.7)
+        knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
+        outer = outer_tos & 3
+        if outer and knobs.ecn != ECN_NOCARE:
+            ecn = decapsulated_ecn(view.tos & 3, outer)
+            if ecn < 0:
+                return Counter.IN_INVAL
+            if ecn != view.tos & 3:
+                inner = with_tos(inner, view.tos & 0xFC | ecn)
+                view.load(inner)
+        return inner
+
+    # -- policy ----------------------------------------------------------------------------------------
+
+    def _enter(self, packet: Buffer, opened: History, now: float, emit: Emissions) -> int:
+        """Hold the innermost packet, which the view has loaded, against the inbound SPD; deliver it."""
+        view = self._view
+        if not opened and view.protocol in {IPPROTO_ICMP, IPPROTO_ICMPV6} and self._pmtu.is_about_us(packet, view, emit):
+            return _ABSORBED
+        later = view.fragment_word & 0x1FFF != 0
+        key = (view.src, view.dst, view.protocol, view.sport, view.dport, later, opened)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
+            policy = self._tables.spd.lookup(_IN, *key[:6])
+            verdict = history.check(policy, opened, knobs)
+            if len(self._verdicts) >= MAX_FLOWS:
+                self._verdicts.clear()
+            self._verdicts[key] = verdict
+        if verdict:
+            return verdict
+        if not opened:
+            return _PASS
+        self._counters[_IN_DELIVERED] += 1
+        emit.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
+        return _DONE
+
+
+def _spi(packet: Buffer, protocol: int, offset: int, end: int) -> int:
+    """The SPI (IPComp: the CPI) of the header at ``offset``; -1 when the packet ends before it."""
+    if protocol == _ESP:
+        return int.from_bytes(packet[offset : offset + 4], "big") if end - offset >= 8 else -1
+    if protocol == _AH:
+        return int.from_bytes(packet[offset + 4 : offset + 8], "big") if end - offset >= 12 else -1
+    return int.from_bytes(packet[offset + 2 : offset + 4], "big") if end - offset >= 4 else -1

@@ -1,0 +1,252 @@
+"""A packet's way out: SPD, SA bundle, size, transforms.
+
+:meth:`Outbound.process` is called for each packet that nftables diverts at POSTROUTING.  In the order in which a packet
+meets them: header checks, the flow cache, on a miss the SPD and the SAD (:meth:`Outbound._decide`), the path MTU, the
+transforms innermost first, fragmentation of what is then too long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from ipsecq.counters import FIRST_DROP, Counter, Fate
+from ipsecq.engine.bundle import Bundle
+from ipsecq.engine.emit import Acquire, Emissions
+from ipsecq.engine.outbound_sa import OutboundStep, make_step
+from ipsecq.engine.tables import Pool, Tables
+from ipsecq.numbers import IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
+from ipsecq.packet import icmp
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.fragments import fragment
+from ipsecq.packet.view import PacketView
+from ipsecq.policy.levels import resolve_level
+from ipsecq.policy.model import Policy, Transform
+from ipsecq.sa.association import SaKey
+
+MAX_FLOWS: Final = 65536
+"""Entries of the flow cache; when it is full it is emptied, which costs each live flow one SPD look-up."""
+
+MAX_ACQUIRES: Final = 4096
+"""Pairs whose last ACQUIRE is remembered for rate limiting."""
+
+_OUT: Final = int(Direction.OUT)
+_MAX_PACKET: Final = 65535
+
+_PASS: Final = int(Fate.PASS)
+_DONE: Final = int(Fate.DONE)
+_HOLD: Final = int(Fate.HOLD)
+
+_OUT_PACKETS: Final = int(Counter.OUT_PACKETS)
+_OUT_BYTES: Final = int(Counter.OUT_BYTES)
+_FLOW_HIT: Final = int(Counter.FLOW_HIT)
+_FLOW_MISS: Final = int(Counter.FLOW_MISS)
+
+_DISABLED: Final = {
+    Protocol.ESP: ("esp_enable", Counter.ESP_PDROPS),
+    Protocol.AH: ("ah_enable", Counter.AH_PDROPS),
+    Protocol.IPCOMP: ("ipcomp_enable", Counter.IPCOMP_PDROPS),
+}
+
+MtuOf = Callable[[bytes], int]
+"""``mtu_of(dst) -> octets``: the path MTU towards a packed address."""
+
+SourceFor = Callable[[bytes], bytes]
+"""``source_for(dst) -> address``: our own address towards ``dst``, the source of the ICMP errors that we send."""
+
+
+class Outbound:
+    """One worker's outbound side.  ``mtu_of`` and ``source_for`` are the only questions to the world outside."""
+
+    def __init__(self, tables: Tables, mtu_of: MtuOf, source_for: SourceFor) -> None:
+        self._tables = tables
+        self._mtu_of = mtu_of
+        self._source_for = source_for
+        self._counters = tables.counters
+        self._pool = Pool(tables.random)
+        self._view = PacketView()
+        self._piece = PacketView()
+        self._flows: dict[tuple[bytes, bytes, int, int, int, bool], Bundle | int] = {}
+        self._steps: dict[tuple[SaKey, bool], OutboundStep] = {}
+        self._generation = tables.generation()
+        self._acquired: dict[Acquire, tuple[float, int]] = {}
+        self._identification = int.from_bytes(tables.random(4), "big")
+
+    def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
+        """The fate of one whole IP datagram: a :class:`Fate`, or the Counter of the drop (counted here).
+
+        ``DONE``: ``emit.wire`` holds what replaces it.  ``HOLD``: it waits for ``emit.held``.  Drops may put an ICMP
+        error into ``emit.wire``.  Raises nothing, whatever the octets.
+        """
+        counters = self._counters
+        view = self._view
+        if not view.load(packet):
+            counters[Counter.IP_MALFORMED] += 1
+            return Counter.IP_MALFORMED
+        counters[_OUT_PACKETS] += 1
+        counters[_OUT_BYTES] += view.length
+        if self._generation != self._tables.generation():
+            self._forget()
+        later = view.fragment_word & 0x1FFF != 0
+        flow = (view.src, view.dst, view.protocol, view.sport, view.dport, later)
+        decision = self._flows.get(flow)
+        if decision is None:
+            counters[_FLOW_MISS] += 1
+            decision = self._decide(flow, now, emit)
+        else:
+            counters[_FLOW_HIT] += 1
+        fate = decision if decision.__class__ is int else self._send(decision, packet, view, now, emit)  # type: ignore[arg-type]
+        if fate >= FIRST_DROP:  # type: ignore[operator]
+            counters[fate] += 1  # type: ignore[index]
+        elif fate == _PASS:
+            counters[Counter.OUT_PASSED] += 1
+        return fate  # type: ignore[return-value]
+
+    # -- the decision: once a flow ---------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """An SA, a policy or a knob has changed: drop what was derived from the old ones.
+
+        Steps of SAs that are still the same object stay, and with them the rest of their sequence lease.  A changed
+        knob shows in outer headers, so then they go too.
+        """
+        generation = self._tables.generation()
+        self._flows.clear()
+        if generation[2] != self._generation[2]:
+            self._steps.clear()
+        else:
+            get = self._tables.sad.inbound
+            self._steps = {key: step for key, step in self._steps.items() if get(key[0]) is step.sa}
+        self._generation = generation
+
+    def _decide(self, flow: tuple[bytes, bytes, int, int, int, bool], now: float, emit: Emissions) -> Bundle | int:
+        """What happens to a flow; remembered unless it waits for an SA."""
+        src, dst, protocol, sport, dport, later = flow
+        knobs = self._tables.sysctl.v4 if len(src) == 4 else self._tables.sysctl.v6
+        policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, later)
+        decision: Bundle | int
+        wanted = None
+        if policy is None:
+            decision = Counter.OUT_DISCARD if knobs.def_policy == 0 else _PASS
+        elif policy.action is Action.IPSEC:
+            decision, wanted = self._bundle(policy, src, dst)
+        else:
+            decision = Counter.OUT_DISCARD if policy.action is Action.DISCARD else _PASS
+        if wanted is not None:
+            self._acquire(wanted, now, emit)
+            return decision
+        if len(self._flows) >= MAX_FLOWS:
+            self._flows.clear()
+        self._flows[flow] = int(decision) if isinstance(decision, int) else decision
+        return decision
+
+    def _bundle(self, policy: Policy, src: bytes, dst: bytes) -> tuple[Bundle | int, Acquire | None]:
+        """The steps of ``policy`` for a packet from ``src`` to ``dst``, and the SA that is missing, if one is."""
+        tables = self._tables
+        steps: list[OutboundStep] = []
+        wanted = None
+        for transform in policy.transforms:
+            knobs = tables.sysctl.v4 if len(src) == 4 else tables.sysctl.v6
+            enabled, disabled = _DISABLED[transform.protocol]
+            if not getattr(knobs, enabled):
+                return disabled, None
+            tunnel = transform.mode is Mode.TUNNEL
+            near = transform.src or src
+            far = transform.dst or dst
+            sa = tables.sad.outbound(
+                int(transform.protocol), int(transform.mode), near, far, transform.reqid,
+                oldest=tables.sysctl.key.preferred_oldsa != 0,
+            )  # fmt: skip
+            if sa is None:
+                wanted = self._wanted(policy, transform, near, far)
+                if resolve_level(transform, knobs) is not Level.USE:
+                    return _HOLD, wanted
+                continue
+            key = (sa.key, tunnel)
+            step = self._steps.get(key)
+            if step is None or step.sa is not sa:
+                step = self._steps[key] = make_step(sa, tables, self._pool, tunnel)
+            steps.append(step)
+            if tunnel:
+                src, dst = near, far
+        return (Bundle(tuple(steps), dst) if steps else _PASS), wanted
+
+    @staticmethod
+    def _wanted(policy: Policy, transform: Transform, near: bytes, far: bytes) -> Acquire:
+        return Acquire(int(transform.protocol), int(transform.mode), near, far, transform.reqid, policy.id)
+
+    def _acquire(self, wanted: Acquire, now: float, emit: Emissions) -> None:
+        """Ask for an SA, at most every ``blockacq_count``-th packet or ``blockacq_lifetime`` seconds (net.key)."""
+        emit.held = wanted
+        key = self._tables.sysctl.key
+        asked, packets = self._acquired.get(wanted, (0.0, 0))
+        if packets and packets <= key.blockacq_count and now - asked < key.blockacq_lifetime:
+            self._acquired[wanted] = (asked, packets + 1)
+            return
+        if len(self._acquired) >= MAX_ACQUIRES:
+            self._acquired.clear()
+        self._acquired[wanted] = (now, 1)
+        self._counters[Counter.OUT_ACQUIRE] += 1
+        emit.events.append(wanted)
+
+    # -- the packet ------------------------------------------------------------------------------------
+
+    def _send(self, bundle: Bundle, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> int:
+        """Apply ``bundle``; deal with sizes on both sides of it."""
+        mtu = self._mtu_of(bundle.dst)
+        header = view.header_length
+        length = bundle.sealed_length(view.length, header)
+        if length > mtu:
+            return self._send_long(bundle, packet, view, now, emit, mtu, length)
+        if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
+            return Counter.IP_FRAGMENT  # RFC 4303 section 3.1.1: transport mode takes whole datagrams only
+        result = bundle.apply(packet, view, now, emit)
+        if result.__class__ is int:
+            return result  # type: ignore[return-value]
+        emit.wire.append(result)  # type: ignore[arg-type]
+        return _DONE
+
+    def _send_long(
+        self, bundle: Bundle, packet: Buffer, view: PacketView, now: float, emit: Emissions, mtu: int, length: int
+    ) -> int:
+        """A packet that would leave longer than ``mtu``: an ICMP error, or fragments.
+
+        The sender that forbids fragmentation (DF, IPv6) is told the tunnel's MTU.  Otherwise the finished datagram is
+        fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
+        """
+        header = view.header_length
+        room = bundle.largest(mtu, header)
+        strict = view.version == 6 or view.dont_fragment
+        if strict and not (view.version == 6 and view.length <= IPV6_MIN_MTU):
+            told = max(room, IPV6_MIN_MTU) if view.version == 6 else room
+            error = icmp.too_big(memoryview(packet)[: view.length], told, self._source_for(view.src))
+            if error:
+                self._counters[Counter.OUT_TOOBIG_SENT] += 1
+                emit.wire.append(error)
+            return Counter.IP_TOOBIG
+        if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
+            return Counter.IP_FRAGMENT
+        knobs = self._tables.sysctl.v4
+        before = length > _MAX_PACKET or (knobs.dfbit == 1 and len(bundle.dst) == 4 and view.version == 4)
+        self._identification += 1
+        if before and bundle.first.tunnel and view.version == 4:
+            pieces = fragment(memoryview(packet)[: view.length], room, view.identification)
+            self._counters[Counter.OUT_FRAGMENTED] += 1
+            for piece in pieces:
+                self._piece.load(piece)
+                result = bundle.apply(piece, self._piece, now, emit)
+                if isinstance(result, int):
+                    return result
+                emit.wire.append(result)
+            return _DONE
+        if length > _MAX_PACKET:
+            return Counter.IP_TOOBIG
+        result = bundle.apply(packet, view, now, emit)
+        if isinstance(result, int):
+            return result
+        if len(result) <= mtu:  # compressed, and that was enough
+            emit.wire.append(result)
+            return _DONE
+        self._counters[Counter.OUT_FRAGMENTED] += 1
+        emit.wire.extend(fragment(result, mtu, self._identification & 0xFFFFFFFF))
+        return _DONE

@@ -1,0 +1,129 @@
+"""An outbound SA made ready for packets: one step of a bundle.
+
+Each step takes the datagram that the step before it made and returns the next one, or the Counter that says why not.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from ipsecq.counters import Counter
+from ipsecq.crypto import cipher
+from ipsecq.engine.accounting import Account
+from ipsecq.engine.emit import Emissions
+from ipsecq.engine.headers import OuterHeader, own_header
+from ipsecq.engine.tables import Pool, Tables
+from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP, Mode
+from ipsecq.numbers import Protocol as IpsecProtocol
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.view import PacketView
+from ipsecq.sa.association import SecurityAssociation, Slot
+from ipsecq.sa.sequence import LIMIT_32, LIMIT_64, OutboundSequence
+from ipsecq.transforms import natt
+from ipsecq.transforms.ah import AhTransform
+from ipsecq.transforms.esp import EspTransform
+from ipsecq.transforms.ipcomp import IpcompTransform
+
+_SEQUENCE: Final = int(Slot.SEQUENCE)
+_DROPS: Final = int(Slot.DROPS)
+_MAX_PACKET: Final = 65535
+
+_ESP_OUTPUT: Final = int(Counter.ESP_OUTPUT)
+_ESP_OBYTES: Final = int(Counter.ESP_OBYTES)
+_ESP_TUNNEL: Final = int(Counter.ESP_TUNNEL)
+_AH_OUTPUT: Final = int(Counter.AH_OUTPUT)
+_AH_OBYTES: Final = int(Counter.AH_OBYTES)
+_AH_TUNNEL: Final = int(Counter.AH_TUNNEL)
+_IPCOMP_OUTPUT: Final = int(Counter.IPCOMP_OUTPUT)
+_IPCOMP_OBYTES: Final = int(Counter.IPCOMP_OBYTES)
+_IPCOMP_THRESHOLD: Final = int(Counter.IPCOMP_THRESHOLD)
+_IPCOMP_UNCOMPR: Final = int(Counter.IPCOMP_UNCOMPR)
+
+
+class OutboundStep(Protocol):
+    """What a bundle asks of each of its SAs."""
+
+    sa: SecurityAssociation
+    tunnel: bool
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """Transform ``packet``, whose headers ``view`` has loaded; an int is the drop's Counter."""
+
+    def sealed_length(self, length: int, header: int) -> int:
+        """Octets of the datagram that this step makes of one of ``length`` octets whose IP header has ``header``."""
+
+
+def outer_header(sa: SecurityAssociation, protocol: int, tables: Tables) -> OuterHeader:
+    """The outer header maker of a tunnel mode SA, by the knobs of its family."""
+    knobs = tables.sysctl.v4 if len(sa.dst) == 4 else tables.sysctl.v6
+    identification = int.from_bytes(tables.random(2), "big")
+    return OuterHeader(sa.src, sa.dst, protocol, ecn=knobs.ecn, dfbit=knobs.dfbit, identification=identification)
+
+
+def sequence_of(sa: SecurityAssociation, tables: Tables) -> OutboundSequence:
+    """The SA's sequence numbers, leased a block at a time."""
+    limit = LIMIT_64 if sa.esn else LIMIT_32
+    lease, slot = tables.lease, sa.slot
+    return OutboundSequence(lambda: lease(slot, limit), limit)
+
+
+class EspStep:
+    """ESP, transport or tunnel mode, inside UDP if the SA says so."""
+
+    def __init__(self, sa: SecurityAssociation, tables: Tables, pool: Pool, tunnel: bool) -> None:
+        self.sa = sa
+        self.tunnel = tunnel
+        built = cipher.build(sa.encryption, sa.encryption_key, sa.authentication, sa.authentication_key)
+        self._transform = EspTransform(sa.spi, built, esn=sa.esn, tfc_pad=sa.tfc_pad if tunnel else 0)
+        self._iv_length = built.iv_length
+        self._iv_is_counter = built.iv_is_counter
+        self._pool = pool
+        self.sequence = sequence_of(sa, tables)
+        self._account = Account(sa, tables.words)
+        self._words, self._base = tables.words, sa.slot
+        self._counters = tables.counters
+        self._udp = natt.HEADER_LENGTH if sa.natt else 0
+        self._protocol = IPPROTO_UDP if sa.natt else int(IpsecProtocol.ESP)
+        self._outer = outer_header(sa, self._protocol, tables) if tunnel else None
+
+    def sealed_length(self, length: int, header: int) -> int:
+        """See :class:`OutboundStep`."""
+        if self._outer is not None:
+            return self._outer.length + self._udp + self._transform.sealed_length(length)
+        return header + self._udp + self._transform.sealed_length(length - header)
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """See :class:`OutboundStep`."""
+        outer = self._outer
+        header = 0 if outer is not None else view.header_length
+        inner = view.length - header
+        behind = self._udp + self._transform.sealed_length(inner)
+        if behind + (outer.length if outer is not None else header) > _MAX_PACKET:
+            return Counter.ESP_TOOBIG
+        if not self._account.charge(inner, now, emit):
+            return Counter.ESP_EXPIRED
+        sequence = self.sequence.take(1)
+        if not sequence:
+            self._words[self._base + _DROPS] += 1
+            # Nothing above SEQUENCE was given out and none is left: the numbers ran out, or the lease was refused.
+            exhausted = not self.sa.esn and self._words[self._base + _SEQUENCE] >= LIMIT_32
+            return Counter.ESP_WRAP if exhausted else Counter.ESP_NOSEQ
+        self._words[self._base + _SEQUENCE] = sequence
+        counters = self._counters
+        if outer is not None:
+            next_header = IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6
+            prefix = outer.build(behind, view.tos, view.dont_fragment, view.flow_label, sequence)
+            counters[_ESP_TUNNEL] += 1
+        else:
+            next_header = packet[view.header_nexthdr]
+            prefix = own_header(packet, view, self._protocol, behind)
+        if self._udp:
+            prefix = natt.wrap(prefix, self.sa.natt, behind)  # type: ignore[arg-type]
+        iv = sequence.to_bytes(8, "big") if self._iv_is_counter else self._pool.take(self._iv_length)
+        counters[_ESP_OUTPUT] += 1
+        counters[_ESP_OBYTES] += inner
+        payload = packet if not header and view.length == len(packet) else memoryview(packet)[header : view.length]
+        sealed = self._transform.seal(payload, next_header, sequence, iv, prefix)
+        if self._udp and view.version == 6:
+            return natt.finish(sealed)
+        return sealed
