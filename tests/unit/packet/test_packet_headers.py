@@ -18,7 +18,7 @@ A4 = st.binary(min_size=4, max_size=4)
 
 @given(A4, A4, st.integers(0, 255), st.integers(0, 65515), st.integers(0, 255), st.integers(0, 255),
        st.integers(0, 65535), st.booleans())  # fmt: skip
-def test_an_ipv4_header_is_scapys(src, dst, protocol, size, tos, ttl, identification, df):  # noqa: PLR0917
+def test_an_ipv4_header_is_scapys(src, dst, protocol, size, tos, ttl, identification, df):
     ours = ipv4.header(src, dst, protocol, size, tos=tos, ttl=ttl, identification=identification, df=df)
     scapys = IP(src=inet_ntoa(src), dst=inet_ntoa(dst), proto=protocol, len=size + 20, tos=tos, ttl=ttl,
                 id=identification, flags="DF" if df else 0)  # fmt: skip
