@@ -1,0 +1,320 @@
+"""A worker's loop: a batch from the queue, the engine for each packet, verdicts, then what leaves.
+
+Verdicts go first, datagrams after them: a verdict is what makes connection tracking confirm the flow, and the answer
+to a datagram may come back before the next system call.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from bisect import bisect_left
+from collections.abc import Callable, MutableSequence
+from typing import Final, Protocol
+
+from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.hold import Holder
+from ipsecq.datapath.mtu import PathMtu
+from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
+from ipsecq.datapath.output import RawOutput
+from ipsecq.datapath.queue import Queue
+from ipsecq.engine.emit import Emissions, Event, PathMtuLearned
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.checksum import complete
+from ipsecq.packet.fragments import fragment
+
+log: Final = logging.getLogger(__name__)
+
+TICK: Final = 0.25
+"""Longest sleep in seconds: the heartbeat beats at least twice a second, whatever the traffic."""
+
+LOG_INTERVAL: Final = 10.0
+"""Seconds between two log lines about an engine's exception; the counter counts all of them."""
+
+_FORWARD: Final = 2
+"""NF_INET_FORWARD: from here on (LOCAL_OUT, POST_ROUTING) a packet is on its way out."""
+
+_UNFINISHED: Final = NFQA_SKB_CSUMNOTREADY | NFQA_SKB_GSO
+_BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
+_DF: Final = 0x40
+
+
+class Engine(Protocol):
+    """One direction of the engine: :class:`ipsecq.engine.outbound.Outbound`, :class:`ipsecq.engine.inbound.Inbound`."""
+
+    def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
+        """The fate of one whole IP datagram: a Fate, or the Counter of a drop that the engine has counted."""
+
+
+class WorkerLoop:
+    """Everything that one worker does with packets.  One thread, one network namespace; no method is thread-safe.
+
+    ``queue``, ``output``, ``enc0`` and ``path_mtu`` belong to the caller, who closes them.  ``stop`` ends :meth:`run`
+    after the batch in hand.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        output: RawOutput,
+        enc0: Enc0 | None,
+        engine_out: Engine,
+        engine_in: Engine,
+        counters: MutableSequence[int],
+        *,
+        mark_stolen: int,
+        path_mtu: PathMtu,
+        clock: Callable[[], float] = time.time,
+        control_fd: int = -1,
+        on_control: Callable[[], None] | None = None,
+        on_events: Callable[[list[Event]], None] | None = None,
+        holder: Holder | None = None,
+        segmenter: Callable[[memoryview], list[bytes]] | None = None,
+        plain_queue: int = -1,
+    ) -> None:
+        """Join the parts.
+
+        ``mark_stolen`` marks originals that egress has to drop.  ``on_control()`` is called when ``control_fd`` is
+        readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
+        ``segmenter(packet) -> packets`` cuts a super-packet into whole packets, or says ``[]`` when only the kernel
+        can: then it goes to ``plain_queue``, a queue without GSO that somebody serves, or is dropped (-1).
+        """
+        self._queue, self._output, self._enc0 = queue, output, enc0
+        self._engine_out, self._engine_in = engine_out, engine_in
+        self._counters = counters
+        self._mark_stolen = mark_stolen
+        self._path_mtu = path_mtu
+        self._clock = clock
+        self._control_fd, self._on_control, self._on_events = control_fd, on_control, on_events
+        self._holder = holder or Holder()
+        self._segmenter, self._plain_queue = segmenter, plain_queue
+        self._emit = Emissions()
+        self._stopping = False
+        self._identification = 0
+        self._next_tick = 0.0
+        self._kernel_losses = queue.stats().user_dropped
+        self._overruns = queue.overruns
+        self._next_log = 0.0
+
+    # -- life ------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End :meth:`run` soon; from a control callback or a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`."""
+        with select.epoll() as poll:
+            poll.register(self._queue.fd, select.EPOLLIN)
+            if self._control_fd >= 0:
+                poll.register(self._control_fd, select.EPOLLIN)
+            if self._enc0 is not None:
+                poll.register(self._enc0.fd, select.EPOLLIN)
+            counters = self._counters
+            while not self._stopping:
+                ready = poll.poll(TICK)
+                counters[Counter.HEARTBEAT] += 1
+                for descriptor, _ in ready:
+                    if descriptor == self._queue.fd:
+                        self.step()
+                    elif descriptor == self._control_fd:
+                        if self._on_control is not None:
+                            self._on_control()
+                    elif self._enc0 is not None:
+                        self._enc0.discard()
+                moment = time.monotonic()
+                if moment >= self._next_tick:
+                    self._next_tick = moment + TICK
+                    self.tick()
+
+    def tick(self) -> None:
+        """What is due a few times a second: losses in the kernel, packets that waited too long."""
+        counters = self._counters
+        lost = self._queue.stats().user_dropped
+        overruns = self._queue.overruns
+        counters[Counter.ENOBUFS] += max(lost - self._kernel_losses, 0) + overruns - self._overruns
+        self._kernel_losses, self._overruns = lost, overruns
+        if self._holder.waiting:
+            counters[Counter.OUT_NOSA] += self._holder.expire(self._clock())
+
+    # -- a batch ---------------------------------------------------------------------------------------------
+
+    def step(self) -> int:
+        """Read one batch and finish it; returns the number of packets."""
+        start = time.perf_counter_ns()
+        queue = self._queue
+        packets = queue.read()
+        count = len(packets)
+        if not count:
+            return 0
+        now = self._clock()
+        self._path_mtu.advance(now)
+        emit = self._emit
+        outbound, inbound = self._engine_out.process, self._engine_in.process
+        add_verdict, stolen = queue.add_verdict, self._mark_stolen
+        done = 0
+        while done < count:
+            # One try around many packets; an exception costs its packet and starts the loop again behind it.
+            try:
+                for done in range(done, count):  # noqa: B020 (goes on where the last exception was)
+                    cookie, hook, mark, info, packet = packets[done]
+                    if info & _UNFINISHED:
+                        self._unfinished(cookie, hook, mark, info, packet, now)
+                    elif hook >= _FORWARD:
+                        fate = outbound(packet, now, emit)
+                        if fate == 1:  # Fate.DONE
+                            add_verdict(cookie, NF_ACCEPT, mark | stolen)
+                        else:
+                            self._outbound_rest(fate, cookie, mark, packet, now)
+                    elif inbound(packet, now, emit):
+                        add_verdict(cookie, NF_DROP)
+                    else:  # Fate.PASS
+                        add_verdict(cookie, NF_ACCEPT)
+            except Exception:
+                self._refuse(packets[done][0], packets[done][1], now)
+            done += 1
+        queue.flush()
+        self._send()
+        elapsed = time.perf_counter_ns() - start
+        counters = self._counters
+        counters[Counter.BATCHES] += 1
+        counters[Counter.BUSY_NS] += elapsed
+        counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
+        counters[HISTOGRAM_SUM_NS] += elapsed
+        return count
+
+    def _outbound_rest(self, fate: int, cookie: int, mark: int, packet: Buffer, now: float) -> None:
+        """The verdict for an outbound packet that was not simply replaced."""
+        if fate >= FIRST_DROP:
+            self._queue.add_verdict(cookie, NF_DROP)
+        elif fate == Fate.PASS:
+            self._queue.add_verdict(cookie, NF_ACCEPT)
+        else:
+            if fate == Fate.HOLD:
+                self._hold(packet, now)
+            self._queue.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+
+    def _hold(self, packet: Buffer, now: float) -> None:
+        """Keep a copy until the SA is there.  The original goes the way of what is replaced: the flow is confirmed."""
+        dropped = self._holder.hold(self._emit.held, bytes(packet), now)
+        if dropped:
+            self._counters[Counter.OUT_HELD_OVERFLOW] += dropped
+
+    def _unfinished(self, cookie: int, hook: int, mark: int, info: int, packet: memoryview, now: float) -> None:
+        """A packet that counts on a device's offloads: a super-packet, or one whose checksum is not filled in."""
+        if not info & NFQA_SKB_GSO:
+            pieces = [complete(packet)]
+        else:
+            self._counters[Counter.SUPER_PACKETS] += 1
+            pieces = self._segmenter(packet) if self._segmenter is not None else []
+            if not pieces:
+                self._cannot_segment(cookie)
+                return
+        emit = self._emit
+        if hook < _FORWARD:
+            fates = [self._engine_in.process(piece, now, emit) for piece in pieces]
+            self._queue.add_verdict(cookie, NF_DROP if any(fates) else NF_ACCEPT)
+            return
+        fates = []
+        for piece in pieces:
+            fate = self._engine_out.process(piece, now, emit)
+            if fate == Fate.HOLD:
+                self._hold(piece, now)
+            fates.append(fate)
+        # Segments of one flow have one fate, but an SA can expire between two: what has left must not leave twice.
+        if all(fate == Fate.PASS for fate in fates):
+            self._queue.add_verdict(cookie, NF_ACCEPT)
+        elif all(fate >= FIRST_DROP for fate in fates):
+            self._queue.add_verdict(cookie, NF_DROP)
+        else:
+            self._queue.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+
+    def _cannot_segment(self, cookie: int) -> None:
+        if self._plain_queue >= 0:
+            self._queue.add_requeue(cookie, self._plain_queue)
+        else:
+            self._counters[Counter.OVERLOAD] += 1
+            self._queue.add_verdict(cookie, NF_DROP)
+
+    def _refuse(self, cookie: int, hook: int, now: float) -> None:
+        """Drop the packet that made the engine raise: a bug of ours must not stop the gateway, nor let it pass."""
+        counter = Counter.OUT_INVAL if hook >= _FORWARD else Counter.IN_INVAL
+        self._counters[counter] += 1
+        self._queue.add_verdict(cookie, NF_DROP)
+        if now >= self._next_log:
+            self._next_log = now + LOG_INTERVAL
+            log.exception("a packet at hook %d made the engine fail; it was dropped (%s)", hook, counter.name)
+
+    # -- what leaves -----------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Everything that a batch emitted: datagrams, decapsulated packets, events."""
+        emit, counters = self._emit, self._counters
+        wire = emit.wire
+        if wire:
+            sent = self._output.send(wire)
+            if sent != len(wire):
+                if self._output.too_big:
+                    sent += self._send_fragments(self._output.too_big)
+                counters[Counter.SEND_FAILED] += len(wire) - sent
+        if emit.inner:
+            taken = self._enc0.write(emit.inner) if self._enc0 is not None else 0
+            counters[Counter.INJECT_FAILED] += len(emit.inner) - taken
+        if emit.events:
+            for event in emit.events:
+                if isinstance(event, PathMtuLearned):
+                    self._path_mtu.learn(event.dst, event.mtu, self._clock())
+            if self._on_events is not None:
+                self._on_events(emit.events)
+        emit.clear()
+
+    def _send_fragments(self, datagrams: list[bytes]) -> int:
+        """Send what a device's MTU refused, in pieces: the MTU shrank since it was asked.  Returns datagrams sent.
+
+        A datagram that must not be fragmented is lost, and the next one finds the new MTU.
+        """
+        self._path_mtu.invalidate()
+        sent = 0
+        for datagram in datagrams:
+            version4 = datagram[0] < 0x60
+            if version4 and datagram[6] & _DF:
+                continue
+            mtu = self._path_mtu.mtu_of(datagram[16:20] if version4 else datagram[24:40])
+            self._identification = (self._identification + 1) & 0xFFFFFFFF
+            pieces = fragment(datagram, mtu, self._identification)
+            if len(pieces) > 1 and self._output.send(pieces) == len(pieces):
+                sent += 1
+                self._counters[Counter.OUT_FRAGMENTED] += 1
+        return sent
+
+    # -- packets that wait -----------------------------------------------------------------------------------
+
+    def retry_held(self) -> int:
+        """Try the held packets again, after an SA or a policy came; returns how many found their way.
+
+        Those that still wait keep the time of their arrival; what the policy now refuses is dropped.
+        """
+        if not self._holder.waiting:
+            return 0
+        now = self._clock()
+        self._path_mtu.advance(now)
+        emit, found = self._emit, 0
+        for since, packet in self._holder.release_all():
+            try:
+                fate = self._engine_out.process(packet, now, emit)
+            except Exception:
+                self._counters[Counter.OUT_INVAL] += 1
+                log.exception("a held packet made the engine fail; it was dropped")
+                continue
+            if fate == Fate.HOLD:
+                self._counters[Counter.OUT_HELD_OVERFLOW] += self._holder.hold(emit.held, packet, since)
+            elif fate == Fate.PASS:
+                # The policy has gone and the packet is free to leave as it is; its original was stolen.
+                emit.wire.append(packet)
+                found += 1
+            elif fate < FIRST_DROP:
+                found += 1
+        self._send()
+        return found

@@ -1,0 +1,150 @@
+"""Whole IP datagrams onto the network, through raw sockets that never wait.
+
+IPv4 leaves by a raw socket with IP_HDRINCL (raw(7): the kernel writes the checksum, and the identification where it is
+0), IPv6 by one with IPV6_HDRINCL, which IPPROTO_RAW implies.  Both carry the mark DONE, so our own rules leave alone
+what was processed; every other rule of netfilter's output and postrouting hooks sees the datagrams as usual.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import sys
+from typing import Final
+
+from ipsecq.datapath.mmsg import SendVector
+
+SO_MARK: Final = 36
+SO_SNDBUFFORCE: Final = 32
+SEND_BUFFER: Final = 16 << 20
+IPV6_HDRINCL: Final = 36
+_MAX_NAMES: Final = 4096
+"""Destinations whose socket address is kept; the table starts anew when it is full."""
+
+
+class RawOutput:
+    """Sends datagrams of both families.  What could not go is counted by errno and never waits.
+
+    ``too_big`` holds the datagrams that the last :meth:`send` could not send because they are longer than the
+    device's MTU (EMSGSIZE): the caller fragments them.  ``errors`` counts the rest by errno: EAGAIN and ENOBUFS are
+    overload, EPERM is a netfilter rule of the operator, ENETUNREACH and EHOSTUNREACH a missing route, EDESTADDRREQ an
+    IPv6 link-local destination when ``link_scope`` is 0.
+    """
+
+    def __init__(self, mark_done: int, *, link_scope: int = 0, send_buffer: int = SEND_BUFFER) -> None:
+        """Open the sockets in this network namespace.  ``link_scope``: interface index for link-local destinations."""
+        self.too_big: list[bytes] = []
+        self.errors: dict[int, int] = {}
+        self._scope = link_scope
+        self._sockets = [_raw(socket.AF_INET, mark_done, send_buffer), _raw(socket.AF_INET6, mark_done, send_buffer)]
+        self._vector = SendVector()
+        self._names4 = _Names(socket.AF_INET, 0)
+        self._names6 = _Names(socket.AF_INET6, link_scope)
+
+    def send(self, datagrams: list[bytes]) -> int:
+        """Send all; returns how many the kernel took.  Order is kept within a family."""
+        if self.too_big:
+            self.too_big = []
+        version4 = [d for d in datagrams if d[0] < 0x60]
+        if len(version4) == len(datagrams):
+            return self._send4(datagrams)
+        return self._send4(version4) + self._send6([d for d in datagrams if d[0] >= 0x60])
+
+    def _send4(self, datagrams: list[bytes]) -> int:
+        names = self._names4
+        sent = 0
+        for start in range(0, len(datagrams), self._vector.count):
+            part = datagrams[start : start + self._vector.count]
+            names.trim()
+            # A dict with __missing__: one look-up a datagram, a sockaddr is made for each new destination only.
+            self._vector.load(part, [names[d[16:20]] for d in part], 16)
+            sent += self._run(self._sockets[0].fileno(), part)
+        return sent
+
+    def _send6(self, datagrams: list[bytes]) -> int:
+        names = self._names6
+        if not self._scope:
+            reachable = [d for d in datagrams if not (d[24] == 0xFE and d[25] & 0xC0 == 0x80)]
+            self._count(errno.EDESTADDRREQ, len(datagrams) - len(reachable))
+            datagrams = reachable
+        sent = 0
+        for start in range(0, len(datagrams), self._vector.count):
+            part = datagrams[start : start + self._vector.count]
+            names.trim()
+            self._vector.load(part, [names[d[24:40]] for d in part], 28)
+            sent += self._run(self._sockets[1].fileno(), part)
+        return sent
+
+    def _run(self, fd: int, datagrams: list[bytes]) -> int:
+        """Send what the vector holds; a datagram that fails is counted and the next one tried."""
+        first, total, sent = 0, len(datagrams), 0
+        while first < total:
+            result = self._vector.send(fd, first, total)
+            if result > 0:
+                first += result
+                sent += result
+            elif result == -errno.EMSGSIZE:
+                self.too_big.append(datagrams[first])
+                first += 1
+            elif result == -errno.EAGAIN:
+                # The socket buffer is full and stays so for a while: a drop now beats a queue here.
+                self._count(errno.EAGAIN, total - first)
+                break
+            elif result != -errno.EINTR:
+                self._count(-result, 1)
+                first += 1
+        return sent
+
+    def _count(self, number: int, datagrams: int) -> None:
+        if datagrams:
+            self.errors[number] = self.errors.get(number, 0) + datagrams
+
+    def close(self) -> None:
+        """Close both sockets."""
+        for each in self._sockets:
+            each.close()
+
+
+class _Names(dict[bytes, int]):
+    """Packed address to the address in memory of its sockaddr."""
+
+    def __init__(self, family: int, scope: int) -> None:
+        super().__init__()
+        self._family, self._scope = family, scope
+        # The kernel reads these by address: they live until :meth:`trim`, which nobody calls between load and send.
+        self._kept: list[ctypes.Array[ctypes.c_char]] = []
+
+    def trim(self) -> None:
+        """Start anew when there are too many."""
+        if len(self._kept) >= _MAX_NAMES:
+            self.clear()
+            self._kept.clear()
+
+    def __missing__(self, packed: bytes) -> int:
+        if self._family == socket.AF_INET:
+            octets = self._family.to_bytes(2, sys.byteorder) + bytes(2) + packed + bytes(8)
+        else:
+            link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
+            scope = (self._scope if link_local else 0).to_bytes(4, sys.byteorder)
+            octets = self._family.to_bytes(2, sys.byteorder) + bytes(6) + packed + scope
+        buffer = ctypes.create_string_buffer(octets, len(octets))
+        self._kept.append(buffer)
+        address = ctypes.addressof(buffer)
+        self[packed] = address
+        return address
+
+
+def _raw(family: int, mark: int, send_buffer: int) -> socket.socket:
+    raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    raw.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+    try:
+        raw.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, send_buffer)
+    except OSError:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    if family == socket.AF_INET:
+        raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+    else:
+        raw.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+    raw.setblocking(False)
+    return raw
