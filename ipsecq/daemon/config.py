@@ -1,0 +1,341 @@
+"""The configuration file: TOML, checked key by key, every error with its place.
+
+Each dataclass below is one table of the file and each field one key; the field's type, its ``among`` and its ``within``
+say what is accepted.  The commented default file is ``ipsecq/daemon/ipsecq.toml``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from ipsecq.errors import ConfigError, SysctlError
+from ipsecq.netfilter.settings import NetfilterSettings
+from ipsecq.sysctl import VARIABLES, Sysctl
+
+DEFAULT_PATH: Final = Path("/etc/ipsecq/ipsecq.toml")
+QUEUE_BASE: Final = 0x4950
+"""18768, "IP": away from the small numbers that other users of NFQUEUE take first."""
+CREDENTIAL: Final = "credential:"
+
+
+def _among(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"among": choices})
+
+
+def _within(default: int, low: int, high: int) -> Any:
+    return field(default=default, metadata={"within": (low, high)})
+
+
+@dataclass(slots=True, frozen=True)
+class DaemonConfig:
+    """``[daemon]``."""
+
+    policy: tuple[str, ...] = ()
+    """Files of SAs and policies in the syntax of setkey(8), read in this order; relative to the configuration file.
+    ``credential:NAME`` is a file of systemd's LoadCredential=."""
+    workers: int = _within(0, 0, 256)
+    """Worker processes; 0 is one for each processor that the daemon may use."""
+    queue_base: int = _within(QUEUE_BASE, 0, 65535)
+    """NFQUEUE number of the first worker; the others follow."""
+    state_dir: str = "/var/lib/ipsecq"
+    """Must survive a reboot: which sequence numbers may have been used is kept there."""
+    run_dir: str = "/run/ipsecq"
+    """Must not survive one: shared table, lock and control socket."""
+    group: str = ""
+    """Members may read the status over the control socket; empty: root and the daemon's own user alone."""
+    allow_legacy: bool = False
+    """Accept DES, 3DES and MD5."""
+    on_stop: str = _among("block", "block", "remove")
+    """What a clean stop leaves: ``block`` keeps protected traffic blocked, ``remove`` lets it pass in clear."""
+
+
+@dataclass(slots=True, frozen=True)
+class NftablesConfig:
+    """``[nftables]``."""
+
+    table: str = "ipsecq"
+    """Name of our own tables; nothing else is touched."""
+    mark_done: int = _within(0x01000000, 1, 0xFFFFFFFF)
+    """Packet mark bit: sent by ipsecq."""
+    mark_stolen: int = _within(0x02000000, 1, 0xFFFFFFFF)
+    """Packet mark bit: replaced by what ipsecq sent."""
+    enc_device: str = "enc0"
+    """Device on which decapsulated packets arrive."""
+    natt_ports: tuple[int, ...] = (4500,)
+    """Local UDP ports that carry ESP (RFC 3948)."""
+    queue_bypass: bool = False
+    """Fail open: protected traffic passes in clear while no worker serves its queue.  Loud in status and logs."""
+    loopback: bool = False
+    """Apply policies to what this host sends to itself."""
+    neighbour_discovery: bool = True
+    """Leave IPv6 neighbour discovery alone whatever the policies say."""
+    inner_files: tuple[str, ...] = ()
+    """nft files loaded with our tables: your rules for decapsulated packets (chain ``inner``)."""
+
+
+@dataclass(slots=True, frozen=True)
+class MetricsConfig:
+    """``[metrics]``."""
+
+    listen: str = "127.0.0.1:9814"
+    """``address:port`` of /metrics, ``[address]:port`` for IPv6; empty serves none."""
+    sa_limit: int = _within(1000, 0, 1_000_000)
+    """SAs with series of their own; beyond it only the sums grow."""
+
+
+@dataclass(slots=True, frozen=True)
+class LogConfig:
+    """``[log]``."""
+
+    level: str = _among("info", "debug", "info", "warning", "error")
+    format: str = _among("text", "text", "json")
+
+
+@dataclass(slots=True, frozen=True)
+class Config:
+    """A whole file, checked.  ``path`` is where it was read, ``sysctl`` holds ``[sysctl]`` by full name."""
+
+    daemon: DaemonConfig = DaemonConfig()
+    nftables: NftablesConfig = NftablesConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
+    sysctl: dict[str, int] = field(default_factory=dict)
+    path: Path = DEFAULT_PATH
+
+    @property
+    def workers(self) -> int:
+        """The number of workers, 0 resolved to the processors that this process may use."""
+        return self.daemon.workers or len(os.sched_getaffinity(0))
+
+    @property
+    def policy_files(self) -> list[Path]:
+        """``daemon.policy`` as paths."""
+        return [self._resolve(name) for name in self.daemon.policy]
+
+    @property
+    def state_dir(self) -> Path:
+        """``daemon.state_dir`` as a path."""
+        return self.path.parent / self.daemon.state_dir
+
+    @property
+    def run_dir(self) -> Path:
+        """``daemon.run_dir`` as a path."""
+        return self.path.parent / self.daemon.run_dir
+
+    @property
+    def control_socket(self) -> Path:
+        """Where ``ipsecq status`` and its fellows find the daemon."""
+        return self.run_dir / "control"
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | None:
+        """(host, port) of ``metrics.listen``, or None."""
+        return _address(self.metrics.listen) if self.metrics.listen else None
+
+    def netfilter(self) -> NetfilterSettings:
+        """What the ruleset compiler needs to know."""
+        table = self.nftables
+        return NetfilterSettings(
+            table=table.table,
+            queue_base=self.daemon.queue_base,
+            workers=self.workers,
+            mark_mask=table.mark_done | table.mark_stolen,
+            mark_done=table.mark_done,
+            mark_stolen=table.mark_stolen,
+            enc_device=table.enc_device,
+            natt_ports=table.natt_ports,
+            queue_bypass=table.queue_bypass,
+            loopback=table.loopback,
+            neighbour_discovery=table.neighbour_discovery,
+            inner_files=tuple(str(self._resolve(name)) for name in table.inner_files),
+        )
+
+    def _resolve(self, name: str) -> Path:
+        if name.startswith(CREDENTIAL):
+            return Path(os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials")) / name.removeprefix(CREDENTIAL)
+        return self.path.parent / name
+
+
+_SECTIONS: Final[dict[str, type[Any]]] = {
+    "daemon": DaemonConfig,
+    "nftables": NftablesConfig,
+    "metrics": MetricsConfig,
+    "log": LogConfig,
+}
+
+
+def load(path: Path) -> Config:
+    """Read and check a file.  Raises :class:`ConfigError` with the place of the first mistake."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("expected UTF-8 text", file=str(path)) from error
+    return parse(text, path.absolute())
+
+
+def parse(text: str, path: Path = DEFAULT_PATH) -> Config:
+    """Check the text of a file; ``path`` is for messages and relative names."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
+        lines = text.count("\n") + 1
+        message, line, column = (place[1], place[2] or lines, place[3] or 1) if place else (str(error), 0, 0)
+        raise ConfigError(message, file=str(path), line=int(line), column=int(column)) from None
+    checker = _Checker(text, str(path))
+    sections: dict[str, Any] = {}
+    for name, value in document.items():
+        if name == "sysctl":
+            sections[name] = checker.sysctl(value)
+        elif name in _SECTIONS:
+            sections[name] = checker.section(name, _SECTIONS[name], value)
+        else:
+            expected = ", ".join(f"[{section}]" for section in (*_SECTIONS, "sysctl"))
+            raise checker.error((name,), f"unknown table or key {name!r}; expected {expected}")
+    config = Config(**sections, path=path)
+    checker.whole(config)
+    return config
+
+
+class _Checker:
+    """Values of a document against the dataclasses, with the places of the keys in its text."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self._file = file
+        self._places = dict(_scan(text))
+
+    def error(self, key: tuple[str, ...], message: str, *, value: bool = False) -> ConfigError:
+        """ConfigError at a key, or at its value."""
+        line, column, value_column = self._places.get(key, (0, 0, 0))
+        return ConfigError(message, file=self._file, line=line, column=value_column if value else column)
+
+    def section(self, name: str, cls: type[Any], table: object) -> Any:
+        """One table as its dataclass."""
+        if not isinstance(table, dict):
+            raise self.error((name,), f"expected a table [{name}]")
+        hints = get_type_hints(cls)
+        known = {each.name: each for each in fields(cls)}
+        checked: dict[str, Any] = {}
+        for key, value in table.items():
+            if key not in known:
+                raise self.error((name, key), f"unknown key {key!r} in [{name}]; expected {', '.join(known)}")
+            checked[key] = self._value((name, key), hints[key], known[key].metadata, value)
+        return cls(**checked)
+
+    def _value(self, key: tuple[str, ...], hint: Any, metadata: Any, value: object) -> object:
+        if hint is bool:
+            expected, good = "true or false", isinstance(value, bool)
+        elif hint is int:
+            low, high = metadata["within"]
+            expected, good = f"a number from {low} to {high}", type(value) is int and low <= value <= high
+        elif hint is str:
+            among = metadata.get("among")
+            expected = " or ".join(f'"{choice}"' for choice in among) if among else "a string"
+            good = isinstance(value, str) and (not among or value in among)
+        else:
+            ports = hint == tuple[int, ...]
+            expected = "a list of port numbers" if ports else "a list of strings"
+            good = isinstance(value, list) and all(
+                type(each) is int and 0 < each < 65536 if ports else isinstance(each, str) for each in value
+            )
+            value = tuple(value) if good and isinstance(value, list) else value
+        if not good:
+            raise self.error(key, f"{key[-1]}: expected {expected}, found {_toml(value)}", value=True)
+        return value
+
+    def sysctl(self, table: object) -> dict[str, int]:
+        """``[sysctl]``: quoted or dotted names of variables, and integers."""
+        if not isinstance(table, dict):
+            raise self.error(("sysctl",), "expected a table [sysctl]")
+        values: dict[str, int] = {}
+        scratch = Sysctl()
+        for path, value in _leaves(table, ("sysctl",)):
+            name = ".".join(path[1:])
+            if name not in VARIABLES:
+                raise self.error(path, f"unknown oid '{name}'; see ipsecq sysctl -a")
+            if type(value) is not int:
+                raise self.error(path, f"{name}: expected an integer, found {_toml(value)}", value=True)
+            try:
+                scratch.set(name, value)
+            except SysctlError as error:
+                raise self.error(path, str(error), value=True) from None
+            values[name] = value
+        return values
+
+    def whole(self, config: Config) -> None:
+        """What concerns more than one key."""
+        marks = (config.nftables.mark_done, config.nftables.mark_stolen)
+        if any(mark & (mark - 1) for mark in marks) or marks[0] == marks[1]:
+            raise self.error(("nftables", "mark_stolen"), "mark_done, mark_stolen: expected two different single bits")
+        if config.daemon.queue_base + config.workers > 65536:
+            raise self.error(("daemon", "queue_base"), f"{config.workers} queues from here on pass 65535", value=True)
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", config.nftables.table):
+            raise self.error(("nftables", "table"), "table: expected a name of letters, digits and _", value=True)
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", config.nftables.enc_device):
+            raise self.error(("nftables", "enc_device"), "enc_device: expected a device name (1 to 15)", value=True)
+        if config.metrics.listen:
+            try:
+                _address(config.metrics.listen)
+            except ValueError:
+                message = f'listen: expected "address:port" or "[address]:port", found "{config.metrics.listen}"'
+                raise self.error(("metrics", "listen"), message, value=True) from None
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(text)
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(text)
+    return host, int(port)
+
+
+def _leaves(table: dict[str, object], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], object]]:
+    """(path, value) of everything below a table: dotted keys make tables of tables."""
+    found: list[tuple[tuple[str, ...], object]] = []
+    for key, value in table.items():
+        found += _leaves(value, (*path, key)) if isinstance(value, dict) else [((*path, key), value)]
+    return found
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+_PART: Final = r"""(?:"[^"\n]*"|'[^'\n]*'|[A-Za-z0-9_-]+)"""
+_KEY: Final = rf"({_PART}(?:\s*\.\s*{_PART})*)"
+_LINE: Final = re.compile(rf"\s*(?:\[\s*{_KEY}\s*\]|{_KEY}\s*=\s*)")
+
+
+def _scan(text: str) -> list[tuple[tuple[str, ...], tuple[int, int, int]]]:
+    """Places of keys: (path, (line, column, column of the value)); tomllib gives none.
+
+    Line by line: enough for a text that is known to be TOML, except that a line within a multi-line string
+    that looks like a key is taken for one.  A path that is met again keeps its first place.
+    """
+    places: dict[tuple[str, ...], tuple[int, int, int]] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _LINE.match(line)
+        if not match:
+            continue
+        path = tuple(part.strip("\"'") for part in re.findall(_PART, match[1] or match[2]))
+        column = match.start(1 if match[1] else 2) + 1
+        if match[1]:
+            table = path
+        else:
+            path = (*table, *path)
+        for depth in range(1, len(path) + 1):
+            places.setdefault(path[:depth], (number, column, match.end() + 1))
+    return list(places.items())

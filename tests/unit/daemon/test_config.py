@@ -1,0 +1,106 @@
+"""The configuration file: every mistake has a place and an expectation."""
+
+from pathlib import Path
+
+import pytest
+
+from ipsecq.daemon.config import Config, load, parse
+from ipsecq.errors import ConfigError
+
+DEFAULT = Path(__file__).parents[3] / "ipsecq/daemon/ipsecq.toml"
+
+
+def mistake(text):
+    with pytest.raises(ConfigError) as caught:
+        parse(text, Path("/etc/x.toml"))
+    return str(caught.value)
+
+
+def test_an_empty_file_is_the_default():
+    assert parse("") == Config()
+
+
+def test_the_default_file_says_the_defaults():
+    """With every commented key uncommented it still equals the built-in defaults (policy aside)."""
+    text = "".join(
+        line[1:] if line.startswith("#") and " = " in line and not line.startswith("# ") else line
+        for line in DEFAULT.read_text().splitlines(keepends=True)
+    )
+    config = parse(text)
+    assert config.daemon.policy == ("setkey.conf",)
+    assert (config.nftables, config.metrics, config.log) == (Config().nftables, Config().metrics, Config().log)
+    assert config.daemon.workers == 0
+    assert config.sysctl == {
+        "net.inet.ipsec.dfbit": 0,
+        "net.inet.ipsec.ecn": 0,
+        "net.inet.ipsec.def_policy": 1,
+    }
+    for section in ("daemon", "nftables", "metrics", "log"):
+        table = getattr(config, section)
+        for name in table.__slots__:
+            assert f"{name} = " in text, f"[{section}] {name} is not in the default file"
+
+
+def test_values_are_taken():
+    text = '[daemon]\nworkers = 3\npolicy = ["a", "/b"]\n[metrics]\nlisten = "[::1]:99"\n'
+    config = parse(text, Path("/etc/i/x.toml"))
+    assert config.workers == 3
+    assert config.policy_files == [Path("/etc/i/a"), Path("/b")]
+    assert config.metrics_address == ("::1", 99)
+    assert config.netfilter().workers == 3
+
+
+def test_credentials_of_systemd_are_found(monkeypatch):
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/ipsecq.service")
+    config = parse('[daemon]\npolicy = ["credential:keys"]\n')
+    assert config.policy_files == [Path("/run/credentials/ipsecq.service/keys")]
+
+
+def test_workers_default_to_the_processors():
+    assert parse("").workers >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "expected"),
+    [
+        ("[daemon]\n\n  wrokers = 2\n", "3:3:", "unknown key 'wrokers' in [daemon]; expected policy, workers"),
+        ("[daemon]\nworkers = 'x'\n", "2:11:", 'workers: expected a number from 0 to 256, found "x"'),
+        ("[daemon]\nworkers = true\n", "2:11:", "found true"),
+        ("[daemon]\nworkers = 257\n", "2:11:", "0 to 256, found 257"),
+        ("[daemon]\npolicy = 'x'\n", "2:10:", "expected a list of strings"),
+        ("[daemon]\non_stop = 'open'\n", "2:11:", 'expected "block" or "remove"'),
+        ("[daemon]\nallow_legacy = 1\n", "2:16:", "expected true or false, found 1"),
+        ("daemon.workers = -1\n", "1:18:", "found -1"),
+        ("[deamon]\n", "1:2:", "unknown table or key 'deamon'; expected [daemon]"),
+        ("log = 3\n", "1:1:", "expected a table [log]"),
+        ("[nftables]\nnatt_ports = [0]\n", "2:14:", "list of port numbers"),
+        ("[nftables]\ntable = 'a b'\n", "2:9:", "letters, digits"),
+        ("[nftables]\nmark_done = 3\nmark_stolen = 4\n", "3:1:", "single bits"),
+        ("[nftables]\nenc_device = 'a/b'\n", "2:14:", "device name"),
+        ("[daemon]\nqueue_base = 65535\nworkers = 2\n", "2:14:", "pass 65535"),
+        ("[metrics]\nlisten = 'here'\n", "2:10:", "address:port"),
+        ("[metrics]\nlisten = '::1:99'\n", "2:10:", "[address]:port"),
+        ('[sysctl]\n"net.inet.ipsec.dfbits" = 1\n', "2:1:", "unknown oid 'net.inet.ipsec.dfbits'"),
+        ("[sysctl]\nnet.inet.ipsec.dfbit = 3\n", "2:24:", "Invalid argument (use 0 to 2)"),
+        ('[sysctl]\n"net.inet.ipsec.dfbit" = "1"\n', "2:26:", "expected an integer"),
+        ("[daemon]\nworkers = = 1\n", "2:11:", "Invalid value"),
+        ("[daemon]\nworkers = [1,\n", "3:1:", ""),
+    ],
+)
+def test_every_mistake_has_file_line_column_and_what_was_expected(text, place, expected):
+    message = mistake(text)
+    assert message.startswith(f"/etc/x.toml:{place}")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_dotted_and_quoted_sysctl_names_are_the_same():
+    assert parse("[sysctl]\nnet.inet.ipsec.dfbit = 1").sysctl == parse('[sysctl]\n"net.inet.ipsec.dfbit" = 1').sysctl
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read: No such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load(tmp_path / "bad")
