@@ -1,0 +1,103 @@
+"""What every rule of the setkey(8) grammar stands on: the token at hand, expectations and their errors, addresses."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from ipsecq.errors import ConfigError
+from ipsecq.setkey import values
+from ipsecq.setkey.lexer import Kind, Token, tokens
+
+
+class Cursor:
+    """A position in the tokens of one file.  Errors are ConfigError with file, line and column; keys are not shown."""
+
+    def __init__(self, text: str, file: str) -> None:
+        self.text = text
+        self.file = file
+        self.stream = tokens(text, file)
+        self.token = next(self.stream)
+        self.family = 0
+        """4 or 6 after the options -4 and -6 of a command; 0 without."""
+        self.secret = False
+        """After -E or -A: a word that is out of place may be a key without its 0x or quotes."""
+
+    def advance(self) -> Token:
+        token = self.token
+        if token.kind is not Kind.END:
+            self.token = next(self.stream)
+        return token
+
+    def fail(self, expected: str, token: Token | None = None) -> NoReturn:
+        token = token or self.token
+        self.error(f"expected {expected}, found {self.describe(token)}", token)
+
+    def error(self, message: str, token: Token) -> NoReturn:
+        raise ConfigError(message, file=self.file, line=token.line, column=token.column)
+
+    def describe(self, token: Token) -> str:
+        if token.kind in (Kind.HEX, Kind.QUOTED):
+            return f"a {token.kind.value}"
+        if token.kind in (Kind.END, Kind.POLICY):
+            return str(token.kind.value)
+        hidden = token.kind in (Kind.WORD, Kind.FLAG) and len(token.text) > (5 if self.secret else 45)
+        if hidden:
+            return f"a word of {len(token.text)} characters"
+        return f"'{token.text}'"
+
+    def word(self, expected: str) -> Token:
+        if self.token.kind is not Kind.WORD:
+            self.fail(expected)
+        return self.advance()
+
+    def sign(self, sign: str) -> None:
+        if self.token.kind is not Kind.SIGN or self.token.text != sign:
+            self.fail(f"'{sign}'")
+        self.advance()
+
+    def at_sign(self, sign: str) -> bool:
+        return self.token.kind is Kind.SIGN and self.token.text == sign
+
+    def number(self, what: str, most: int, least: int = 0) -> int:
+        token = self.token
+        if token.kind is Kind.HEX:
+            value = int(token.text, 16)
+        elif token.kind is Kind.WORD and token.text.isascii() and token.text.isdigit():
+            value = int(token.text)
+        else:
+            self.fail(what)
+        if not least <= value <= most:
+            self.error(f"expected {what} from {least} to {most}, found {value}", token)
+        self.advance()
+        return value
+
+    # -- addresses and ports ----------------------------------------------------------------------------
+
+    def options(self) -> None:
+        """-4, -6 and -n, alone or together; only the family means anything, since names are never resolved."""
+        while self.token.kind is Kind.FLAG and set(self.token.text[1:]) <= set("46n"):
+            for letter in self.advance().text[1:]:
+                if letter in "46":
+                    self.family = int(letter)
+
+    def address(self, token: Token | None = None) -> bytes:
+        token = token or self.word("an IPv4 or IPv6 address")
+        try:
+            packed = values.parse_address(token.text)
+        except ValueError as error:
+            self.fail(str(error), token)
+        if self.family and len(packed) != (4 if self.family == 4 else 16):
+            self.fail(f"an IPv{self.family} address (option -{self.family})", token)
+        return packed
+
+    def port(self) -> tuple[int, int] | None:
+        if not self.at_sign("["):
+            return None
+        self.advance()
+        token = self.word("a port or any")
+        try:
+            ports = values.parse_port(token.text)
+        except ValueError as error:
+            self.fail(str(error), token)
+        self.sign("]")
+        return ports
