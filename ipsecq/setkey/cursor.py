@@ -23,19 +23,23 @@ class Cursor:
         """After -E or -A: a word that is out of place may be a key without its 0x or quotes."""
 
     def advance(self) -> Token:
+        """Take the token at hand (END is never left)."""
         token = self.token
         if token.kind is not Kind.END:
             self.token = next(self.stream)
         return token
 
     def fail(self, expected: str, token: Token | None = None) -> NoReturn:
+        """Raise ConfigError: what was expected at ``token`` (the one at hand), and what was found."""
         token = token or self.token
         self.error(f"expected {expected}, found {self.describe(token)}", token)
 
     def error(self, message: str, token: Token) -> NoReturn:
+        """Raise ConfigError with ``message`` at ``token``."""
         raise ConfigError(message, file=self.file, line=token.line, column=token.column)
 
     def describe(self, token: Token) -> str:
+        """Return what a message may say about a token: nothing that could be a key."""
         if token.kind in (Kind.HEX, Kind.QUOTED):
             return f"a {token.kind.value}"
         if token.kind in (Kind.END, Kind.POLICY):
@@ -46,19 +50,23 @@ class Cursor:
         return f"'{token.text}'"
 
     def word(self, expected: str) -> Token:
+        """Take a word, or fail."""
         if self.token.kind is not Kind.WORD:
             self.fail(expected)
         return self.advance()
 
     def sign(self, sign: str) -> None:
+        """Take one of ``; / [ ]``, or fail."""
         if self.token.kind is not Kind.SIGN or self.token.text != sign:
             self.fail(f"'{sign}'")
         self.advance()
 
     def at_sign(self, sign: str) -> bool:
+        """Return whether the token at hand is this sign."""
         return self.token.kind is Kind.SIGN and self.token.text == sign
 
     def number(self, what: str, most: int, least: int = 0) -> int:
+        """Take a decimal or 0x number between ``least`` and ``most``, or fail."""
         token = self.token
         if token.kind is Kind.HEX:
             value = int(token.text, 16)
@@ -81,6 +89,7 @@ class Cursor:
                     self.family = int(letter)
 
     def address(self, token: Token | None = None) -> bytes:
+        """Take an address (of the family of -4 or -6) and return it packed, or fail."""
         token = token or self.word("an IPv4 or IPv6 address")
         try:
             packed = values.parse_address(token.text)
@@ -91,6 +100,7 @@ class Cursor:
         return packed
 
     def port(self) -> tuple[int, int] | None:
+        """Take ``[port]`` and return its range; None when there is no bracket."""
         if not self.at_sign("["):
             return None
         self.advance()

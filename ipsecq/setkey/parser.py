@@ -8,8 +8,8 @@
     spddelete [-46n] RANGE[PORT] RANGE[PORT] UPPER [TYPE,CODE] -P DIRECTION ;
     spddump ; spdflush ; exit ;
 
-PROTOCOL is esp, ah, ipcomp or esp-udp [ORIGINAL-SRC].  RANGE is an address, ADDRESS/PREFIX, FIRST-LAST or any.  POLICY is
-a string of ipsec_set_policy(3) (:mod:`ipsecq.policy.setpolicy`).
+PROTOCOL is esp, ah, ipcomp or esp-udp [ORIGINAL-SRC].  RANGE is an address, ADDRESS/PREFIX, FIRST-LAST or any.  POLICY
+is a string of ipsec_set_policy(3) (:mod:`ipsecq.policy.setpolicy`).
 
 Extensions of ``add``: -m MODE, -r OCTETS (an eighth of the window in packets), -u REQID, -f PAD, -lh -ls SECONDS,
 -bh -bs OCTETS, -esn, -natt OAI[PORT] OAR[PORT], -natt_mtu N and -hwif NAME (read, and without a meaning here).  Ours:

@@ -30,26 +30,31 @@ class PolicyRules(Cursor):
     """One method a command; the command's first word has been read, the semicolon is the caller's."""
 
     def spd_add(self, start: Token) -> list[c.Command]:
-        return [c.SpdAdd(policy, line=start.line, column=start.column) for policy in self.policies(start)]
+        """``spdadd``: one policy, or one a family for ``any any``."""
+        return [c.SpdAdd(policy, line=start.line, column=start.column) for policy in self._policies(start)]
 
     def spd_update(self, start: Token) -> list[c.Command]:
-        return [c.SpdUpdate(policy, line=start.line, column=start.column) for policy in self.policies(start)]
+        """``spdupdate``: as spdadd."""
+        return [c.SpdUpdate(policy, line=start.line, column=start.column) for policy in self._policies(start)]
 
     def spd_delete(self, start: Token) -> list[c.Command]:
-        selectors = self.selectors()
-        spec = self.policy_text()
+        """``spddelete``: of the policy only the direction matters."""
+        selectors = self._selectors()
+        spec = self._policy_text()
         return [
             c.SpdDelete(spec.direction, selector, line=start.line, column=start.column) for selector in selectors
         ]
 
     def spd_dump(self, start: Token) -> list[c.Command]:
+        """``spddump``."""
         return [c.SpdDump(line=start.line, column=start.column)]
 
     def spd_flush(self, start: Token) -> list[c.Command]:
+        """``spdflush``."""
         return [c.SpdFlush(line=start.line, column=start.column)]
 
-    def policies(self, start: Token) -> list[Policy]:
-        selectors = self.selectors()
+    def _policies(self, start: Token) -> list[Policy]:
+        selectors = self._selectors()
         lifetime, fail_open = 0, False
         while self.token.kind is Kind.FLAG and self.token.text in ("-lh", "-fail_open"):
             if self.advance().text == "-lh":
@@ -57,7 +62,7 @@ class PolicyRules(Cursor):
             else:
                 fail_open = True
         where = self.token
-        spec = self.policy_text()
+        spec = self._policy_text()
         if spec.action is None:
             self.fail("an action after the direction (discard, none or ipsec)")
         if spec.action.name in ("ENTRUST", "BYPASS"):
@@ -71,12 +76,12 @@ class PolicyRules(Cursor):
             for selector in selectors
         ]  # fmt: skip
 
-    def selectors(self) -> list[Selector]:
+    def _selectors(self) -> list[Selector]:
         """Return one selector, or one for each family when both sides are any and no option names the family."""
         if self.token.kind is Kind.WORD and self.token.text == "tagged":
             self.error("tagged (ALTQ tags of pf) is not supported: write addresses", self.token)
         self.options()
-        src, dst = self.side(), self.side()
+        src, dst = self._side(), self._side()
         token = self.token
         if token.kind is not Kind.WORD:
             self.fail("an upper-layer protocol or any")
@@ -112,7 +117,7 @@ class PolicyRules(Cursor):
             ))  # fmt: skip
         return result
 
-    def side(self) -> _Side:
+    def _side(self) -> _Side:
         token = self.word("an address, ADDRESS/PREFIX, FIRST-LAST or any")
         first: bytes | None
         last: bytes | None
@@ -130,7 +135,7 @@ class PolicyRules(Cursor):
                 first, last = values.prefix_range(first, self.number("a prefix length", len(first) * 8))
         return _Side(first, last, self.port() or (0, 65535), token)
 
-    def policy_text(self) -> setpolicy.PolicySpec:
+    def _policy_text(self) -> setpolicy.PolicySpec:
         if self.token.kind is not Kind.FLAG or self.token.text != "-P":
             self.fail("-P and a policy")
         self.advance()

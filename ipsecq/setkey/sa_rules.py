@@ -57,20 +57,21 @@ class SaRules(Cursor):
     """One method a command; the command's first word has been read, the semicolon is the caller's."""
 
     def add(self, start: Token) -> list[c.Command]:
+        """``add``: extensions and algorithms may come in any order."""
         self.options()
-        src, dst, ports = self.ends()
+        src, dst, ports = self._ends()
         extensions = _Extensions()
         if ports is not None:
             extensions.ports = ports
-        protocol = self.protocol(extensions)
+        protocol = self._protocol(extensions)
         if ports is not None and not extensions.udp:
             self.fail("no ports on the addresses: only esp-udp has some")
         spi = self.number("an SPI", _U32)
         sa = SecurityAssociation(protocol, spi, src, dst, label=f"{self.file}:{start.line}" if self.file else "")
         while self.token.kind is Kind.FLAG:
             flag = self.advance()
-            if not self.algorithm(flag, sa):
-                self.extension(flag, extensions, sa)
+            if not self._algorithm(flag, sa):
+                self._extension(flag, extensions, sa)
         if not (sa.encryption or sa.authentication or sa.compression):
             self.fail("an algorithm (-E, -A or -C)")
         if extensions.original_src is not None or extensions.original_dst is not None or extensions.rebind:
@@ -82,26 +83,31 @@ class SaRules(Cursor):
         return [c.Add(sa, line=start.line, column=start.column)]
 
     def get(self, start: Token) -> list[c.Command]:
-        return [c.Get(*self.one_sa(), line=start.line, column=start.column)]
+        """``get``."""
+        return [c.Get(*self._one_sa(), line=start.line, column=start.column)]
 
     def delete(self, start: Token) -> list[c.Command]:
-        return [c.Delete(*self.one_sa(), line=start.line, column=start.column)]
+        """``delete``."""
+        return [c.Delete(*self._one_sa(), line=start.line, column=start.column)]
 
     def delete_all(self, start: Token) -> list[c.Command]:
+        """``deleteall``."""
         self.options()
-        src, dst, _ = self.ends()
-        protocol = None if self.at_sign(";") else self.protocol(_Extensions())
+        src, dst, _ = self._ends()
+        protocol = None if self.at_sign(";") else self._protocol(_Extensions())
         return [c.DeleteAll(src, dst, protocol, line=start.line, column=start.column)]
 
     def flush(self, start: Token) -> list[c.Command]:
-        protocol = None if self.at_sign(";") else self.protocol(_Extensions())
+        """``flush``."""
+        protocol = None if self.at_sign(";") else self._protocol(_Extensions())
         return [c.Flush(protocol, line=start.line, column=start.column)]
 
     def dump(self, start: Token) -> list[c.Command]:
-        protocol = None if self.at_sign(";") else self.protocol(_Extensions())
+        """``dump``."""
+        protocol = None if self.at_sign(";") else self._protocol(_Extensions())
         return [c.Dump(protocol, line=start.line, column=start.column)]
 
-    def ends(self) -> tuple[bytes, bytes, tuple[int, int] | None]:
+    def _ends(self) -> tuple[bytes, bytes, tuple[int, int] | None]:
         src = self.address()
         sport = self.port()
         token = self.word("the destination's address")
@@ -111,13 +117,13 @@ class SaRules(Cursor):
         dport = self.port()
         if sport is None and dport is None:
             return src, dst, None
-        return src, dst, (self.one_port(sport), self.one_port(dport))
+        return src, dst, (self._one_port(sport), self._one_port(dport))
 
     @staticmethod
-    def one_port(ports: tuple[int, int] | None) -> int:
+    def _one_port(ports: tuple[int, int] | None) -> int:
         return NATT_PORT if ports is None or ports == (0, 65535) else ports[0]
 
-    def protocol(self, extensions: _Extensions) -> Protocol:
+    def _protocol(self, extensions: _Extensions) -> Protocol:
         token = self.word("a protocol (esp, ah, ipcomp, esp-udp)")
         name = token.text
         if name in _REFUSED_PROTOCOLS:
@@ -132,27 +138,27 @@ class SaRules(Cursor):
             self.fail("a protocol (esp, ah, ipcomp, esp-udp)", token)
         return Protocol[name.upper()]
 
-    def one_sa(self) -> tuple[bytes, bytes, Protocol, int]:
+    def _one_sa(self) -> tuple[bytes, bytes, Protocol, int]:
         self.options()
-        src, dst, _ = self.ends()
-        protocol = self.protocol(_Extensions())
+        src, dst, _ = self._ends()
+        protocol = self._protocol(_Extensions())
         spi = self.number("an SPI", _U32)
         while self.token.kind is Kind.FLAG and self.token.text == "-m":
             self.advance()
-            self.mode()
+            self._mode()
         return src, dst, protocol, spi
 
-    def mode(self) -> Mode:
+    def _mode(self) -> Mode:
         token = self.word("a mode (transport, tunnel, any)")
         mode = _MODES.get(token.text)
         if mode is None:
             self.fail("a mode (transport, tunnel, any)", token)
         return mode
 
-    def extension(self, flag: Token, extensions: _Extensions, sa: SecurityAssociation) -> None:
+    def _extension(self, flag: Token, extensions: _Extensions, sa: SecurityAssociation) -> None:
         name = flag.text
         if name == "-m":
-            extensions.mode = self.mode()
+            extensions.mode = self._mode()
         elif name == "-r":
             extensions.replay_window = 8 * self.number("a replay window in octets", MAX_REPLAY_WINDOW // 8)
         elif name == "-u":
@@ -173,7 +179,7 @@ class SaRules(Cursor):
             extensions.original_src = self.address()
             sport = self.port()
             extensions.original_dst = self.address()
-            extensions.ports = (self.one_port(sport), self.one_port(self.port()))
+            extensions.ports = (self._one_port(sport), self._one_port(self.port()))
         elif name == "-oai":
             extensions.original_src = self.address()
         elif name == "-oar":
@@ -192,7 +198,7 @@ class SaRules(Cursor):
         if name in ("-natt", "-oai", "-oar", "-rebind") and sa.protocol is not Protocol.ESP:
             self.error(f"{name} is for esp only", flag)
 
-    def algorithm(self, flag: Token, sa: SecurityAssociation) -> bool:
+    def _algorithm(self, flag: Token, sa: SecurityAssociation) -> bool:
         if flag.text not in ("-E", "-A", "-C"):
             return False
         token = self.word("the name of an algorithm")
@@ -200,15 +206,15 @@ class SaRules(Cursor):
             if flag.text == "-E":
                 encryption = registry.encryption(token.text)
                 sa.encryption = encryption.name
-                sa.encryption_key = self.key(encryption.key_bits == (0,))
+                sa.encryption_key = self._key(encryption.key_bits == (0,))
             elif flag.text == "-A":
                 # null is setkey's word for none: it has no key.
                 if token.text == "null":
                     sa.authentication = None
-                    self.key(optional=True)
+                    self._key(optional=True)
                 else:
                     sa.authentication = registry.authentication(token.text).name
-                    sa.authentication_key = self.key(optional=False)
+                    sa.authentication_key = self._key(optional=False)
             else:
                 sa.compression = registry.compression(token.text).name
                 if self.token.kind is Kind.FLAG and self.token.text == "-R":
@@ -222,7 +228,7 @@ class SaRules(Cursor):
             self.error(str(error), token)
         return True
 
-    def key(self, optional: bool) -> Key:
+    def _key(self, optional: bool) -> Key:
         self.secret = True
         token = self.token
         if token.kind is Kind.QUOTED:
