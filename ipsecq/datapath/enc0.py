@@ -49,7 +49,7 @@ TX_QUEUE_LENGTH: Final = 64
 
 DUMMY_ADDRESS: Final = bytes([192, 0, 0, 8])
 """The IPv4 dummy address (RFC 7600, IANA special registry): never on a wire.  The kernel's loose reverse-path filter
-refuses every packet from a device without any IPv4 address, so enc0 has this one, with host scope: no packet's source."""
+refuses every packet from a device without any IPv4 address, so enc0 has this one, in host scope: no packet's source."""
 
 _VNET: Final = Struct("=BBHHHH")
 _PLAIN: Final = bytes(_VNET.size)

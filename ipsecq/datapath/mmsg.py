@@ -90,7 +90,7 @@ class SendVector:
     def load(self, datagrams: list[bytes], names: Sequence[int], name_length: int) -> None:
         """Take datagrams (at most ``count``) and the addresses in memory of their sockaddr, all of one length."""
         n = len(datagrams)
-        self._pointers[:n] = datagrams  # type: ignore[call-overload]  # list is invariant
+        self._pointers[:n] = datagrams  # type: ignore[assignment]  # list is invariant
         self._iov[:n, 0] = self._pointer_words[:n]
         self._iov[:n, 1] = list(map(len, datagrams))
         self._hdr[:n, _NAME] = names

@@ -19,6 +19,10 @@ SO_MARK: Final = 36
 SO_SNDBUFFORCE: Final = 32
 SEND_BUFFER: Final = 16 << 20
 IPV6_HDRINCL: Final = 36
+_FEW: Final = 6
+"""Up to so many datagrams a loop of sendto is cheaper (3.6 µs each, of 1400 octets) than filling a vector (3 µs once,
+and 3.2 each); with 64 datagrams sendmmsg saves a tenth.  The rest is the kernel's way to the device."""
+
 _MAX_NAMES: Final = 4096
 """Destinations whose socket address is kept; the table starts anew when it is full."""
 
@@ -39,6 +43,7 @@ class RawOutput:
         self._scope = link_scope
         self._sockets = [_raw(socket.AF_INET, mark_done, send_buffer), _raw(socket.AF_INET6, mark_done, send_buffer)]
         self._vector = SendVector()
+        self._texts: dict[bytes, tuple[str, int]] = {}
         self._names4 = _Names(socket.AF_INET, 0)
         self._names6 = _Names(socket.AF_INET6, link_scope)
 
@@ -46,10 +51,40 @@ class RawOutput:
         """Send all; returns how many the kernel took.  Order is kept within a family."""
         if self.too_big:
             self.too_big = []
+        if len(datagrams) <= _FEW:
+            return self._send_few(datagrams)
         version4 = [d for d in datagrams if d[0] < 0x60]
         if len(version4) == len(datagrams):
             return self._send4(datagrams)
         return self._send4(version4) + self._send6([d for d in datagrams if d[0] >= 0x60])
+
+    def _send_few(self, datagrams: list[bytes]) -> int:
+        sent = 0
+        for datagram in datagrams:
+            which = datagram[0] >= 0x60
+            dst = datagram[24:40] if which else datagram[16:20]
+            name = self._texts.get(dst)
+            try:
+                self._sockets[which].sendto(datagram, name or self._text(dst))
+                sent += 1
+            except OSError as error:
+                if error.errno == errno.EMSGSIZE:
+                    self.too_big.append(datagram)
+                else:
+                    self._count(error.errno or 0, 1)
+        return sent
+
+    def _text(self, dst: bytes) -> tuple[str, int] | tuple[str, int, int, int]:
+        """A socket address as Python takes it; OSError (EDESTADDRREQ) for a link-local one without scope."""
+        if _link_local(dst):
+            if not self._scope:
+                raise OSError(errno.EDESTADDRREQ, "link-local destination without an interface")
+            return socket.inet_ntop(socket.AF_INET6, dst), 0, 0, self._scope
+        if len(self._texts) >= _MAX_NAMES:
+            self._texts.clear()
+        family = socket.AF_INET if len(dst) == 4 else socket.AF_INET6
+        name = self._texts[dst] = (socket.inet_ntop(family, dst), 0)
+        return name
 
     def _send4(self, datagrams: list[bytes]) -> int:
         names = self._names4
@@ -65,7 +100,7 @@ class RawOutput:
     def _send6(self, datagrams: list[bytes]) -> int:
         names = self._names6
         if not self._scope:
-            reachable = [d for d in datagrams if not (d[24] == 0xFE and d[25] & 0xC0 == 0x80)]
+            reachable = [d for d in datagrams if not _link_local(d[24:40])]
             self._count(errno.EDESTADDRREQ, len(datagrams) - len(reachable))
             datagrams = reachable
         sent = 0
@@ -125,14 +160,18 @@ class _Names(dict[bytes, int]):
         if self._family == socket.AF_INET:
             octets = self._family.to_bytes(2, sys.byteorder) + bytes(2) + packed + bytes(8)
         else:
-            link_local = packed[0] == 0xFE and packed[1] & 0xC0 == 0x80
-            scope = (self._scope if link_local else 0).to_bytes(4, sys.byteorder)
+            scope = (self._scope if _link_local(packed) else 0).to_bytes(4, sys.byteorder)
             octets = self._family.to_bytes(2, sys.byteorder) + bytes(6) + packed + scope
         buffer = ctypes.create_string_buffer(octets, len(octets))
         self._kept.append(buffer)
         address = ctypes.addressof(buffer)
         self[packed] = address
         return address
+
+
+def _link_local(address: bytes) -> bool:
+    """True for fe80::/10."""
+    return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
 
 
 def _raw(family: int, mark: int, send_buffer: int) -> socket.socket:
