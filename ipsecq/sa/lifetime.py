@@ -21,18 +21,23 @@ _PACKETS: Final = int(Slot.PACKETS)
 _BYTES: Final = int(Slot.BYTES)
 _FIRST_USE: Final = int(Slot.FIRST_USE)
 _SEQUENCE: Final = int(Slot.SEQUENCE)
+_STATE: Final = int(Slot.STATE)
 
 
 def judge(sa: SecurityAssociation, words: memoryview, now: float) -> SaState:
     """Return the state that ``sa`` should have at ``now`` (Unix seconds), by its slot in ``words`` (format ``Q``).
 
-    Nothing is changed.  LARVAL and DEAD stay as they are, and an SA never gets younger.  A handful of comparisons:
-    meant to be called once a batch, not once a packet.
+    Nothing is changed.  LARVAL and DEAD stay as they are, and an SA never gets younger, nor younger than the worker
+    that met a limit says (``Slot.STATE``: a packet that would pass the byte limit is not counted).  A handful of
+    comparisons: meant to be called once a batch, not once a packet.
     """
     state = sa.state
     if state is SaState.LARVAL or state is SaState.DEAD:
         return state
     base = sa.slot
+    seen = words[base + _STATE]
+    if seen == SaState.DEAD:
+        return SaState.DEAD
     packets, octets, first_use = words[base + _PACKETS], words[base + _BYTES], words[base + _FIRST_USE]
     if _reached(sa.hard, sa.created, packets, octets, first_use, now):
         return SaState.DEAD
@@ -40,6 +45,7 @@ def judge(sa: SecurityAssociation, words: memoryview, now: float) -> SaState:
     numbered = not sa.esn and sa.protocol is not Protocol.IPCOMP
     if (
         state is SaState.DYING
+        or seen == SaState.DYING
         or _reached(sa.soft, sa.created, packets, octets, first_use, now)
         or (numbered and sequence > SOFT_SEQUENCE)
     ):

@@ -19,8 +19,8 @@ def validate(sa: SecurityAssociation, allow_legacy: bool = False) -> None:
     _check_spi(sa)
     if len(sa.src) != len(sa.dst) or len(sa.dst) not in (4, 16):
         raise SadError("source and destination of an SA must be of one family, IPv4 or IPv6")
-    if not any(sa.dst) or sa.dst[0] in (0xFF if len(sa.dst) == 16 else 0xE0,):
-        raise SadError("the destination of an SA must be a unicast address")
+    if not any(sa.dst):
+        raise SadError("the destination of an SA must not be the unspecified address")
     if not 0 <= sa.reqid <= 0xFFFFFFFF:
         raise SadError(f"reqid {sa.reqid}: use 0 to 4294967295")
     if not 0 <= sa.replay_window <= MAX_REPLAY_WINDOW:
@@ -80,7 +80,8 @@ def _check_algorithms(sa: SecurityAssociation, allow_legacy: bool) -> None:
         if sa.spi < 64 and sa.spi != row.cpi:
             raise SadError(f"CPI {sa.spi} means another algorithm than {row.name} ({row.cpi})", errno.EINVAL)
     elif sa.compression is not None:
-        raise AlgorithmError(f"{sa.protocol.name.lower()} does not compress: remove '-C {sa.compression}', or use ipcomp")
+        name = sa.protocol.name.lower()
+        raise AlgorithmError(f"{name} does not compress: remove '-C {sa.compression}', or use ipcomp")
     registry.check_combination(
         sa.protocol, sa.encryption, sa.encryption_key, sa.authentication, sa.authentication_key, allow_legacy
     )
