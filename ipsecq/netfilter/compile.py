@@ -3,8 +3,8 @@
 A packet's way through the table::
 
     prerouting  -250  enc0 → inner rules, accept · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
-                      of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery → accept
-                      · inbound policies (clear packets only) · default policy
+                      of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery →
+                      accept · inbound policies (clear packets only) · default policy
     postrouting  150  ours, neighbour discovery → accept · outbound policies → guard → worker · default policy
     egress            (netdev, each guarded device) what was replaced → drop
 
@@ -58,9 +58,9 @@ def compile_ruleset(
 ) -> str:
     """The whole ruleset as nft text that replaces ours, or makes it, in one transaction.
 
-    ``guarded`` maps interface indexes to names: devices that get an egress chain; outbound protected traffic to any other
-    device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader` puts the
-    queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
+    ``guarded`` maps interface indexes to names: devices that get an egress chain; outbound protected traffic to any
+    other device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader`
+    puts the queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
     """
     plan = plan if plan is not None else Plan(settings.table, settings.workers)
     table = settings.table
@@ -80,7 +80,7 @@ def compile_update(policies: Iterable[Policy], settings: NetfilterSettings, sysc
 
 
 def compile_block(settings: NetfilterSettings) -> str:
-    """Block protected traffic: every worker chain drops, ``fail_open`` policies pass.  For stop; the table must be there."""
+    """Block protected traffic: every worker chain drops, ``fail_open`` policies pass.  The table must be there."""
     lines: list[str] = []
     for chain, (_, _, bypass) in worker_chains(settings).items():
         lines.append(f"flush chain inet {settings.table} {chain}")
@@ -115,8 +115,23 @@ def compile_guard(guarded: Mapping[int, str], settings: NetfilterSettings) -> st
         lines.append(
             f"add rule netdev {settings.table} {egress_chain(index)} {settings.stolen} counter name stolen drop"
         )
-        lines.append(f"add element inet {settings.table} guarded {{ {index} }}")
+        lines.append(f"add element inet {settings.table} guarded {{ {guard_element(index, device)} }}")
     return "\n".join(lines) + "\n"
+
+
+def compile_unguard(guarded: Mapping[int, str], settings: NetfilterSettings) -> str:
+    """Take devices away again: the set elements and the egress chains, which must exist."""
+    lines: list[str] = []
+    for index, device in guarded.items():
+        lines.append(f"delete element inet {settings.table} guarded {{ {guard_element(index, device)} }}")
+        lines.append(f"flush chain netdev {settings.table} {egress_chain(index)}")
+        lines.append(f"delete chain netdev {settings.table} {egress_chain(index)}")
+    return "\n".join(lines) + "\n"
+
+
+def guard_element(index: int, device: str) -> str:
+    """A device as an element of the set ``guarded``."""
+    return f'{index} . "{device}"'
 
 
 def egress_chain(index: int) -> str:
@@ -133,19 +148,20 @@ def compile_remove(settings: NetfilterSettings) -> str:
 def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int, str]) -> Iterator[str]:
     for counter in COUNTERS:
         yield f"counter {counter} {{ }}"
-    # Interface indexes, not names: a device that goes and comes back under its old name is not trusted before it has
-    # an egress chain of its own.
-    elements = f" elements = {{ {', '.join(map(str, guarded))} }};" if guarded else ""
-    yield f"set guarded {{ type iface_index;{elements} }}"
+    # Index and name: a device that goes and comes back under its old name is not trusted before it has an egress chain
+    # of its own, and neither is a renamed one (from kernel 6.16 on an egress chain is bound to a name).
+    devices = ", ".join(guard_element(index, device) for index, device in guarded.items())
+    elements = f" elements = {{ {devices} }};" if guarded else ""
+    yield f"set guarded {{ type iface_index . ifname;{elements} }}"
     for chain, (_, _, bypass) in worker_chains(settings).items():
         yield f"chain {chain} {{ {'accept' if bypass else BLOCK}; }}"
     for suffix in (*map(str, range(settings.workers)), "spread"):
         yield f"chain out_worker_{suffix} {{"
-        yield "  oif != @guarded counter name out_unguarded_dropped drop"
+        yield "  oif . oifname != @guarded counter name out_unguarded_dropped drop"
         yield f"  goto worker_{suffix}"
         yield "}"
         yield f"chain out_open_{suffix} {{"
-        yield "  oif != @guarded accept"
+        yield "  oif . oifname != @guarded accept"
         yield f"  goto open_{suffix}"
         yield "}"
     yield "chain in_clear { counter name in_clear_dropped drop; }"
@@ -178,9 +194,9 @@ def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
     yield "chain too_big {"
     # The quoted packet begins after the 8 octets of the ICMP header; an IPv4 header without options is assumed where
     # ports are looked at, as ours have none.
-    yield f"  icmp type 3 icmp code 4 @th,136,8 {{ 50, 51, 108 }} goto worker_0"
+    yield "  icmp type 3 icmp code 4 @th,136,8 { 50, 51, 108 } goto worker_0"
     yield f"  icmp type 3 icmp code 4 @th,64,8 0x45 @th,136,8 17 @th,224,16 {ports} goto worker_0"
-    yield f"  icmpv6 type 2 @th,112,8 {{ 50, 51, 108 }} goto worker_0"
+    yield "  icmpv6 type 2 @th,112,8 { 50, 51, 108 } goto worker_0"
     yield f"  icmpv6 type 2 @th,112,8 17 @th,384,16 {ports} goto worker_0"
     yield "}"
 

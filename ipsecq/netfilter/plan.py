@@ -1,7 +1,7 @@
 """The SPD as groups of map entries and rules that keep its order, and the commands that turn one SPD into the next.
 
-For each direction and family there is a list of groups; a packet meets them in order and the first hit decides.  A group
-is a hash map of boxes of one shape (disjoint, so order does not matter inside) or a chain of rules in SPD order.
+For each direction and family there is a list of groups; a packet meets them in order and the first hit decides.  A
+group is a hash map of boxes of one shape (disjoint, so order does not matter inside) or a chain of rules in SPD order.
 Placing a box means: after every group that holds an overlapping policy before it in the SPD, and before every
 group with an overlapping policy after it.  So many disjoint policies are one map, however they are mixed in the SPD,
 and the kernel's work for a packet grows with the number of shapes, not of policies.
@@ -67,7 +67,8 @@ class Group:
         if index is None:
             index = self.indexes[src, dst] = {}
             for other in self.items.values():
-                index.setdefault((other.box.src[0] >> bits - src, other.box.dst[0] >> bits - dst), {})[other.box] = other
+                key = other.box.src[0] >> bits - src, other.box.dst[0] >> bits - dst
+                index.setdefault(key, {})[other.box] = other
         for other in index.get((box.src[0] >> bits - src, box.dst[0] >> bits - dst), {}).values():
             if other.box.overlaps(box):
                 yield other
@@ -194,7 +195,8 @@ class Side:
         if shape is None:
             yield f"flush chain inet {table} {group.name}"
             for item in sorted(group.items.values(), key=lambda item: item.order):
-                yield f"add rule inet {table} {group.name} {item.box.match(self.family)} {item.verdict} {comment_of(item.policy)}"
+                rule = f"{item.box.match(self.family)} {item.verdict} {comment_of(item.policy)}"
+                yield f"add rule inet {table} {group.name} {rule}"
             return
         if group.removed:
             keys = ",\n".join(
@@ -203,7 +205,8 @@ class Side:
             yield f"delete element inet {table} {group.name} {{\n{keys}\n}}"
         if group.added:
             keys = ",\n".join(
-                f"{box.key(shape, self.family)} {comment_of(item.policy)} : {item.verdict}" for box, item in group.added.items()
+                f"{box.key(shape, self.family)} {comment_of(item.policy)} : {item.verdict}"
+                for box, item in group.added.items()
             )
             yield f"add element inet {table} {group.name} {{\n{keys}\n}}"
 
@@ -211,8 +214,8 @@ class Side:
 class Plan:
     """What the kernel holds of the SPD.  ``update`` gives the commands that make it hold another one.
 
-    Policies are in SPD order by (priority, id); ids are unique.  When a transaction built from ``update`` fails, the plan
-    no longer describes the kernel: drop it and start from a new one with a whole ruleset.
+    Policies are in SPD order by (priority, id); ids are unique.  When a transaction built from ``update`` fails,
+    the plan no longer describes the kernel: drop it and start from a new one with a whole ruleset.
     """
 
     def __init__(self, table: str, workers: int) -> None:

@@ -1,0 +1,251 @@
+"""Loading: nft transactions, queue statements by the way that this kernel has, and noticing foreign changes.
+
+Everything runs in the network namespace of the calling thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from ipsecq.errors import NetfilterError
+from ipsecq.netfilter import compat
+from ipsecq.netfilter import nfnetlink as nl
+from ipsecq.netfilter.compile import (
+    compile_block,
+    compile_guard,
+    compile_remove,
+    compile_ruleset,
+    compile_unguard,
+    compile_update,
+    egress_chain,
+    worker_chains,
+)
+from ipsecq.netfilter.plan import Plan
+from ipsecq.netfilter.settings import NetfilterSettings
+from ipsecq.policy.model import Policy
+from ipsecq.sysctl import Sysctl
+
+NATIVE: Final = "nft queue"
+COMPAT: Final = "xt NFQUEUE"
+_TIMEOUT: Final = 60.0
+
+
+def run_nft(text: str, *arguments: str) -> str:
+    """Give nft a script on standard input, or ``arguments``; its output.  NetfilterError on one line when it refuses.
+
+    nft names the place and repeats the line with a marker below; the message keeps the reason and the line.
+    """
+    try:
+        done = subprocess.run(
+            ["nft", *(arguments or ("-f", "-"))], input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        )
+    except FileNotFoundError:
+        raise NetfilterError("nft is not installed: apt install nftables") from None
+    except subprocess.TimeoutExpired:
+        raise NetfilterError(f"nft did not end within {_TIMEOUT:.0f} s") from None
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" ^~")]
+        reason = ": ".join(lines[:2])[:300] or f"exit status {done.returncode}"
+        raise NetfilterError(f"nft refused the ruleset: {reason}")
+    return done.stdout
+
+
+class Loader:
+    """Owner of our two tables.
+
+    The order for a start is ``replace`` (blocks), workers bind their queues, ``open_queues``.  For a stop, ``block``
+    (or ``remove``).  Between them ``update`` with every change of SPD or knobs and ``guard`` with every new link.
+    """
+
+    def __init__(self, settings: NetfilterSettings, mechanism: str | None = None) -> None:
+        self.settings = settings
+        self.mechanism = mechanism
+        """How packets are queued, NATIVE or COMPAT; None until it is known (the first ``open_queues`` tries)."""
+        self.guarded: dict[int, str] = {}
+        self._plan: Plan | None = None
+        self._open = False
+        self._expected: dict[str, int] = {}
+
+    def replace(self, policies: Iterable[Policy], sysctl: Sysctl, guarded: Mapping[int, str] | None = None) -> None:
+        """Put the whole ruleset in place of whatever our tables hold, with worker chains that block.
+
+        ``guarded`` (interface index → name) replaces the devices; None keeps them.  A device that has gone is left
+        out.
+        Raises NetfilterError, with the old state untouched.
+        """
+        if guarded is not None:
+            self.guarded = dict(guarded)
+        policies = list(policies)
+        try:
+            self._load_all(policies, sysctl, self.guarded)
+        except NetfilterError:
+            if not self.guarded:
+                raise
+            # Perhaps a device went a moment ago: first everything else, then the devices one by one.
+            devices = self.guarded
+            self._load_all(policies, sysctl, {})
+            self.guarded = {}
+            self.guard(devices)
+
+    def _load_all(self, policies: list[Policy], sysctl: Sysctl, guarded: Mapping[int, str]) -> None:
+        plan = Plan(self.settings.table, self.settings.workers)
+        run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan))
+        self._plan, self._open = plan, False
+        self._expect()
+
+    def update(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+        """Change to these policies and knobs in one transaction, without touching queues and devices.
+
+        After a failure (or when nothing was loaded) the next call replaces the whole ruleset and opens the queues
+        again if they were open.
+        """
+        plan, self._plan = self._plan, None
+        if plan is None:
+            was_open = self._open
+            self.replace(policies, sysctl)
+            if was_open:
+                self.open_queues()
+            return
+        run_nft(compile_update(policies, self.settings, sysctl, plan))
+        self._plan = plan
+        self._expect()
+
+    def where(self, policy: int) -> list[str]:
+        """Names of the maps and chains that hold a policy, for ``explain``."""
+        return self._plan.where(policy) if self._plan else []
+
+    def open_queues(self) -> None:
+        """Put the queue statements into the worker chains, in one transaction: native where the kernel has them."""
+        if self.mechanism != COMPAT:
+            try:
+                run_nft(self.queue_statements())
+                self.mechanism = NATIVE
+            except NetfilterError:
+                if self.mechanism == NATIVE:
+                    raise
+                self._open_compat()
+                self.mechanism = COMPAT
+        else:
+            self._open_compat()
+        self._open = True
+        self._expect()
+
+    def queue_statements(self) -> str:
+        """The queue statements as nft text."""
+        table = self.settings.table
+        lines: list[str] = []
+        for chain, (first, last, bypass) in worker_chains(self.settings).items():
+            lines.append(f"flush chain inet {table} {chain}")
+            flags = "flags bypass " if bypass else ""
+            queues = f"{first}-{last}" if last > first else f"{first}"
+            lines.append(f"add rule inet {table} {chain} queue {flags}to {queues}")
+        lines.append(f"flush chain inet {table} in_clear_open")
+        lines.append(f"add rule inet {table} in_clear_open counter name in_clear_dropped drop")
+        return "\n".join(lines) + "\n"
+
+    def _open_compat(self) -> None:
+        table = self.settings.table
+        requests: list[compat.Request] = []
+        for chain, (first, last, bypass) in worker_chains(self.settings).items():
+            requests.append(compat.flush_chain(table, chain))
+            requests.append(compat.queue_rule(table, chain, first, last, bypass))
+        with nl.NftSocket() as netlink:
+            netlink.batch(requests)
+        run_nft(
+            f"flush chain inet {table} in_clear_open\n"
+            f"add rule inet {table} in_clear_open counter name in_clear_dropped drop\n"
+        )
+
+    def block(self) -> None:
+        """Protected traffic is dropped from here on, whatever becomes of the workers; fail-open policies pass."""
+        run_nft(compile_block(self.settings))
+        self._open = False
+        self._expect()
+
+    def remove(self) -> None:
+        """Take our tables away: policies are enforced no more."""
+        run_nft(compile_remove(self.settings))
+        self._plan, self._open, self._expected, self.guarded = None, False, {}, {}
+
+    def guard(self, devices: Mapping[int, str]) -> list[str]:
+        """Add devices: egress chain first, trusted after it.  Returns the names that could not be added.
+
+        A device may be gone or renamed by now; the others must not suffer, so a refused transaction is tried one by
+        one.
+        """
+        fresh = {index: name for index, name in devices.items() if self.guarded.get(index) != name}
+        failed: list[str] = []
+        if not fresh:
+            return failed
+        for index in fresh:
+            self.forget(index)  # renamed: its chain may be bound to the old name
+        try:
+            run_nft(compile_guard(fresh, self.settings))
+            self.guarded.update(fresh)
+        except NetfilterError:
+            for index, name in fresh.items():
+                try:
+                    run_nft(compile_guard({index: name}, self.settings))
+                    self.guarded[index] = name
+                except NetfilterError:
+                    failed.append(name)
+        self._expect()
+        return failed
+
+    def forget(self, index: int) -> None:
+        """A device is gone; the kernel took its egress chain along (or keeps it empty-handed)."""
+        name = self.guarded.pop(index, None)
+        if name is None:
+            return
+        # One command, one transaction: which of them are still there depends on the kernel's version.
+        for command in compile_unguard({index: name}, self.settings).splitlines():
+            with contextlib.suppress(NetfilterError):
+                run_nft(command)
+        self._expect()
+
+    def counters(self) -> dict[str, tuple[int, int]]:
+        """The named counters: name → (packets, bytes).  ``stolen`` is the egress chains'."""
+        found: dict[str, tuple[int, int]] = {}
+        for family in ("inet", "netdev"):
+            listing = run_nft("", "-j", "list", "counters", "table", family, self.settings.table)
+            for entry in json.loads(listing)["nftables"]:
+                counter = entry.get("counter")
+                if counter:
+                    found[counter["name"]] = counter["packets"], counter["bytes"]
+        return found
+
+    def is_loaded(self) -> bool:
+        """True while our chains hold the rules that we put there; False after a foreign ``flush`` or ``delete``."""
+        if not self._expected or self._rules(nl.NFPROTO_INET) != self._expected:
+            return False
+        chains = self._rules(nl.NFPROTO_NETDEV)
+        # The chain of a device that has just gone may have gone with it.
+        return all(chains.get(egress_chain(index)) == 1 for index, name in self.guarded.items() if _index(name) == index)
+
+    def watch(self) -> nl.NftSocket:
+        """A socket that becomes readable whenever somebody changes nf_tables: call :meth:`is_loaded` then.
+
+        ``drain`` it first; ENOBUFS only says that there was too much news to tell.
+        """
+        netlink = nl.NftSocket(nl.NFNLGRP_NFTABLES)
+        netlink.socket.setblocking(False)
+        return netlink
+
+    def _expect(self) -> None:
+        self._expected = self._rules(nl.NFPROTO_INET)
+
+    def _rules(self, family: int) -> dict[str, int]:
+        with nl.NftSocket() as netlink:
+            return netlink.rule_counts(family, self.settings.table)
+
+
+def _index(device: str) -> int:
+    try:
+        return socket.if_nametoindex(device)
+    except OSError:
+        return 0
