@@ -28,14 +28,13 @@ class Bundle:
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """The finished datagram, or the Counter of the drop.  ``view`` has loaded ``packet``."""
         result = self.first.apply(packet, view, now, emit)
-        if self.single or result.__class__ is int:
+        if self.single:
             return result
         for step in self.steps[1:]:
-            assert not isinstance(result, int)
+            if isinstance(result, int):
+                return result
             self.view.load(result)
             result = step.apply(result, self.view, now, emit)
-            if result.__class__ is int:
-                return result
         return result
 
     def sealed_length(self, length: int, header: int) -> int:

@@ -95,12 +95,12 @@ class Outbound:
             decision = self._decide(flow, now, emit)
         else:
             counters[_FLOW_HIT] += 1
-        fate = decision if decision.__class__ is int else self._send(decision, packet, view, now, emit)  # type: ignore[arg-type]
-        if fate >= FIRST_DROP:  # type: ignore[operator]
-            counters[fate] += 1  # type: ignore[index]
+        fate = decision if isinstance(decision, int) else self._send(decision, packet, view, now, emit)
+        if fate >= FIRST_DROP:
+            counters[fate] += 1
         elif fate == _PASS:
             counters[Counter.OUT_PASSED] += 1
-        return fate  # type: ignore[return-value]
+        return fate
 
     # -- the decision: once a flow ---------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Outbound:
             return decision
         if len(self._flows) >= MAX_FLOWS:
             self._flows.clear()
-        self._flows[flow] = int(decision) if isinstance(decision, int) else decision
+        self._flows[flow] = decision
         return decision
 
     def _bundle(self, policy: Policy, src: bytes, dst: bytes) -> tuple[Bundle | int, Acquire | None]:
@@ -201,9 +201,9 @@ class Outbound:
         if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
             return Counter.IP_FRAGMENT  # RFC 4303 section 3.1.1: transport mode takes whole datagrams only
         result = bundle.apply(packet, view, now, emit)
-        if result.__class__ is int:
-            return result  # type: ignore[return-value]
-        emit.wire.append(result)  # type: ignore[arg-type]
+        if isinstance(result, int):
+            return result
+        emit.wire.append(result)
         return _DONE
 
     def _send_long(

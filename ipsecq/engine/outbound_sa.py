@@ -127,3 +127,29 @@ class EspStep:
         if self._udp and view.version == 6:
             return natt.finish(sealed)
         return sealed
+
+
+class AhStep:
+    """AH, transport or tunnel mode: the same thing but for the header in front."""
+
+    def __init__(self, sa: SecurityAssociation, tables: Tables, tunnel: bool) -> None:
+        self.sa = sa
+        self.tunnel = tunnel
+        self._transform = AhTransform(sa.spi, cipher.icv(sa.authentication or "", sa.authentication_key), esn=sa.esn)
+        self._knobs = tables.sysctl.v4
+        self.sequence = sequence_of(sa, tables)
+        self._account = Account(sa, tables.words)
+        self._words, self._base = tables.words, sa.slot
+        self._counters = tables.counters
+        self._outer = outer_header(sa, 0, tables) if tunnel else None
+
+
+class IpcompStep:
+    """IPComp, transport or tunnel mode."""
+
+
+def make_step(sa: SecurityAssociation, tables: Tables, pool: Pool, tunnel: bool) -> OutboundStep:
+    """The step that applies ``sa``; ``tunnel`` is the policy's word where the SA's mode is ``any``."""
+    if sa.protocol is IpsecProtocol.ESP:
+        return EspStep(sa, tables, pool, tunnel)
+    return AhStep(sa, tables, tunnel) if sa.protocol is IpsecProtocol.AH else IpcompStep(sa, tables, tunnel)

@@ -7,7 +7,7 @@ from typing import Final
 from ipsecq.counters import Counter
 from ipsecq.engine.emit import Emissions, PathMtuLearned
 from ipsecq.engine.tables import Tables
-from ipsecq.numbers import IPPROTO_UDP, IPV6_MIN_MTU, Protocol
+from ipsecq.numbers import IPPROTO_UDP, IPV6_MIN_MTU, NATT_PORT, Protocol
 from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
@@ -32,24 +32,37 @@ class PathMtuCheck:
         False: it is none of ours, and the kernel should have it.
         """
         error = icmp.parse_error(memoryview(packet)[: view.length])
-        if error is None or not error.is_too_big or error.protocol not in _IPSEC:
+        if error is None or not error.too_big or error.protocol not in _IPSEC:
             return False
-        counters = self._tables.counters
-        spi, sequence, protocol = error.spi, error.sequence, error.protocol
+        protocol, at = error.protocol, 40 if error.version == 6 else (error.quoted[0] & 15) << 2
         if protocol == IPPROTO_UDP:
-            protocol = int(Protocol.ESP)
-        if spi is None:
-            return False
-        sa = self._tables.sad.inbound((error.dst, protocol, spi))
-        if sa is None or sa.src != error.src:
+            if error.dport != NATT_PORT and error.sport != NATT_PORT:
+                return False
+            protocol, at = int(Protocol.ESP), at + 8
+        counters = self._tables.counters
+        quoted = error.quoted[at : at + 12]
+        spi, sequence = _identity(protocol, quoted)
+        sa = self._tables.sad.inbound((error.inner_dst, protocol, spi))
+        if sa is None or sa.src != error.inner_src:
             counters[Counter.IN_PMTU_REFUSED] += 1
             return True
         if protocol != Protocol.IPCOMP:
             sent = self._tables.words[sa.slot + _SEQUENCE]
-            if sequence is None or not 0 <= (sent - sequence) & 0xFFFFFFFF < min(RECENT, sent + 1):
+            if sequence < 0 or (sent - sequence) & 0xFFFFFFFF >= min(RECENT, sent):
                 counters[Counter.IN_PMTU_REFUSED] += 1
                 return True
         floor = IPV6_MIN_MTU if view.version == 6 else self._tables.sysctl.v4.min_pmtu
         counters[Counter.IN_PMTU_LEARNED] += 1
-        emit.events.append(PathMtuLearned(error.dst, max(error.mtu, floor)))
+        emit.events.append(PathMtuLearned(error.inner_dst, max(error.mtu, floor)))
         return True
+
+
+def _identity(protocol: int, header: bytes) -> tuple[int, int]:
+    """SPI (CPI) and sequence number of a quoted header's first octets; -1 for what was not quoted."""
+    if protocol == Protocol.IPCOMP:
+        return (int.from_bytes(header[2:4], "big"), 0) if len(header) >= 4 else (-1, -1)
+    at = 4 if protocol == Protocol.AH else 0
+    if len(header) < at + 4:
+        return -1, -1
+    spi = int.from_bytes(header[at : at + 4], "big")
+    return spi, int.from_bytes(header[at + 4 : at + 8], "big") if len(header) >= at + 8 else -1

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import pytest
-
-from ipsecq.counters import Counter, Fate
+from ipsecq.counters import Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.inbound import Inbound
 from ipsecq.engine.outbound import Outbound
@@ -69,6 +66,7 @@ class Peer:
     emit: Emissions
     mtu: int = 1500
     now: float = 1000.0
+    spare: list[SecurityAssociation] = field(default_factory=list)
 
     def send(self, packet: bytes) -> tuple[int, list[bytes]]:
         """Fate of an outbound packet, and what it put on the wire."""
@@ -86,26 +84,21 @@ class Peer:
         return self.tables.counters[counter]
 
 
-MakePeer = Callable[..., Peer]
-
-
-@pytest.fixture
-def make_peer() -> MakePeer:
-    """``make_peer(sas, policies, knobs={...}, mtu=1500)``: each peer has its own copies of the SAs."""
-
-    def make(
-        sas: list[SecurityAssociation], policies: list[Policy], knobs: dict[str, int] | None = None, mtu: int = 1500
-    ) -> Peer:
-        source = random.Random(4711)
-        tables = build([replace(sa) for sa in sas], policies, source.randbytes, Sysctl(knobs or {}))
-        peer = Peer.__new__(Peer)
-        Peer.__init__(
-            peer, tables, Outbound(tables, lambda _: peer.mtu, lambda dst: address("192.0.2.1") if len(dst) == 4
-                                   else address("2001:db8::1")), Inbound(tables), Emissions(), mtu,
-        )  # fmt: skip
-        return peer
-
-    return make
-
-
-GOOD = (Fate.PASS, Fate.DONE, Fate.HOLD, Fate.ABSORBED)
+def make_peer(
+    sas: list[SecurityAssociation],
+    policies: list[Policy],
+    knobs: dict[str, int] | None = None,
+    mtu: int = 1500,
+    spare: list[SecurityAssociation] | None = None,
+) -> Peer:
+    """An engine with its own copies of the SAs; ``spare`` SAs have their slots but are not in the SAD yet."""
+    source = random.Random(4711)
+    waiting = [replace(sa) for sa in spare or []]
+    tables = build([replace(sa) for sa in sas] + waiting, policies, source.randbytes, Sysctl(knobs or {}))
+    for sa in waiting:
+        tables.sad.delete(sa.dst, sa.protocol, sa.spi)
+    own = {4: address("192.0.2.1"), 16: address("2001:db8::1")}
+    peer = Peer.__new__(Peer)
+    outbound = Outbound(tables, lambda _: peer.mtu, lambda dst: own[len(dst)])
+    Peer.__init__(peer, tables, outbound, Inbound(tables), Emissions(), mtu, spare=waiting)
+    return peer

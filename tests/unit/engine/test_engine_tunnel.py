@@ -1,0 +1,258 @@
+"""ESP tunnels through two engines: what leaves, what arrives, and what happens on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from engine_peers import Peer, address, make_peer, policy, udp
+
+from ipsecq.counters import Counter, Fate
+from ipsecq.engine.emit import Acquire, Expired
+from ipsecq.numbers import Mode, Protocol
+from ipsecq.packet.view import PacketView
+from ipsecq.sa.association import Lifetime, SecurityAssociation
+from ipsecq.secret import Key
+
+A, B = "192.0.2.1", "192.0.2.2"
+A6, B6 = "2001:db8::1", "2001:db8::2"
+
+
+def esp(spi: int, src: str, dst: str, **more: object) -> SecurityAssociation:
+    return replace(
+        SecurityAssociation(
+            Protocol.ESP, spi, address(src), address(dst), Mode.TUNNEL, encryption="aes-gcm-16",
+            encryption_key=Key(bytes(range(spi & 0xFF, (spi & 0xFF) + 20))), replay_window=64,
+        ),
+        **more,
+    )  # fmt: skip
+
+
+def tunnel(lan_a: str, lan_b: str, a: str, b: str, *, knobs: dict[str, int] | None = None, mtu: int = 1500,
+           level: str = "require", **more: object) -> tuple[Peer, Peer]:  # fmt: skip
+    sas = [esp(0x1001, a, b, **more), esp(0x1002, b, a, **more)]
+    there, back = f"ipsec esp/tunnel/{a}-{b}/{level}", f"ipsec esp/tunnel/{b}-{a}/{level}"
+    return (
+        make_peer(sas, [policy("out", lan_a, lan_b, there), policy("in", lan_b, lan_a, back)], knobs, mtu),
+        make_peer(sas, [policy("out", lan_b, lan_a, back), policy("in", lan_a, lan_b, there)], knobs, mtu),
+    )
+
+
+PAIRS = [
+    pytest.param("10.1.0.0/24", "10.2.0.0/24", A, B, "10.1.0.2", "10.2.0.2", id="4in4"),
+    pytest.param("10.1.0.0/24", "10.2.0.0/24", A6, B6, "10.1.0.2", "10.2.0.2", id="4in6"),
+    pytest.param("fd01::/64", "fd02::/64", A, B, "fd01::2", "fd02::2", id="6in4"),
+    pytest.param("fd01::/64", "fd02::/64", A6, B6, "fd01::2", "fd02::2", id="6in6"),
+]
+
+
+@pytest.mark.parametrize(("lan_a", "lan_b", "a", "b", "src", "dst"), PAIRS)
+def test_what_one_gateway_seals_the_other_opens_unchanged(
+    lan_a: str, lan_b: str, a: str, b: str, src: str, dst: str
+) -> None:
+    left, right = tunnel(lan_a, lan_b, a, b)
+    for size in (0, 1, 100, 1300):
+        packet = udp(src, dst, bytes(size))
+        fate, wire = left.send(packet)
+        assert fate == Fate.DONE
+        assert len(wire) == 1
+        view = PacketView()
+        assert view.load(wire[0])
+        assert (view.src, view.dst, view.protocol) == (address(a), address(b), 50)
+        assert right.receive(wire[0]) == (Fate.DONE, [packet])
+    assert left.count(Counter.ESP_OUTPUT) == right.count(Counter.ESP_INPUT) == 4
+    assert left.count(Counter.FLOW_MISS) == 1
+
+
+def test_traffic_that_no_policy_names_passes_as_it_is() -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    assert left.send(udp("10.1.0.2", "198.51.100.1", b"x")) == (Fate.PASS, [])
+
+
+def test_default_policy_discard_drops_what_no_policy_names() -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, knobs={"net.inet.ipsec.def_policy": 0})
+    assert left.send(udp("10.1.0.2", "198.51.100.1", b"x")) == (Counter.OUT_DISCARD, [])
+
+
+def test_a_replayed_packet_is_dropped_and_counted() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x"))
+    assert right.receive(wire[0])[0] == Fate.DONE
+    assert right.receive(wire[0]) == (Counter.ESP_REPLAY, [])
+    assert right.count(Counter.ESP_REPLAY) == 1
+
+
+def test_a_flipped_bit_anywhere_behind_the_outer_header_is_refused_and_moves_no_window() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"payload"))
+    for bit in range(20 * 8, len(wire[0]) * 8):
+        forged = bytearray(wire[0])
+        forged[bit // 8] ^= 1 << bit % 8
+        fate, inner = right.receive(bytes(forged))
+        assert inner == []
+        assert fate in {Counter.ESP_BADAUTH, Counter.ESP_NOTDB, Counter.ESP_REPLAY}
+    assert right.receive(wire[0])[0] == Fate.DONE
+
+
+def test_an_unknown_spi_is_dropped_as_notdb() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x"))
+    unknown = wire[0][:20] + b"\0\0\x77\x77" + wire[0][24:]
+    assert right.receive(unknown)[0] == Counter.ESP_NOTDB
+
+
+def test_a_clear_packet_that_policy_wants_protected_is_a_policy_violation() -> None:
+    _, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    assert right.receive(udp("10.1.0.2", "10.2.0.2", b"x")) == (Counter.IN_POLVIO, [])
+
+
+def test_a_clear_packet_may_enter_where_the_level_is_use() -> None:
+    _, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, level="use")
+    assert right.receive(udp("10.1.0.2", "10.2.0.2", b"x")) == (Fate.PASS, [])
+
+
+def test_require_without_an_sa_holds_the_packet_and_asks_for_one() -> None:
+    there = f"ipsec esp/tunnel/{A}-{B}/require"
+    left = make_peer([], [policy("out", "10.1.0.0/24", "10.2.0.0/24", there)])
+    packet = udp("10.1.0.2", "10.2.0.2", b"x")
+    fate, wire = left.send(packet)
+    assert (fate, wire) == (Fate.HOLD, [])
+    wanted = left.emit.events[0]
+    assert isinstance(wanted, Acquire)
+    assert (wanted.protocol, wanted.src, wanted.dst) == (50, address(A), address(B))
+    left.send(packet)
+    assert left.emit.events == []  # the same pair is not asked for with every packet
+    assert left.emit.held == wanted
+
+
+def test_use_without_an_sa_asks_for_one_and_passes_in_clear() -> None:
+    there = f"ipsec esp/tunnel/{A}-{B}/use"
+    left = make_peer([], [policy("out", "10.1.0.0/24", "10.2.0.0/24", there)])
+    fate, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x"))
+    assert (fate, wire) == (Fate.PASS, [])
+    assert isinstance(left.emit.events[0], Acquire)
+
+
+def test_an_sa_that_arrives_is_used_by_the_next_packet() -> None:
+    there = f"ipsec esp/tunnel/{A}-{B}/require"
+    left = make_peer([], [policy("out", "10.1.0.0/24", "10.2.0.0/24", there)], spare=[esp(0x1001, A, B)])
+    packet = udp("10.1.0.2", "10.2.0.2", b"x")
+    assert left.send(packet)[0] == Fate.HOLD
+    left.tables.sad.add(left.spare[0])
+    assert left.send(packet)[0] == Fate.DONE
+    left.tables.sad.flush()
+    assert left.send(packet)[0] == Fate.HOLD
+
+
+def test_an_inner_packet_with_df_that_does_not_fit_is_answered_with_the_tunnels_mtu() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, mtu=1400)
+    fate, wire = left.send(udp("10.1.0.2", "10.2.0.2", bytes(1360), df=True))
+    assert fate == Counter.IP_TOOBIG
+    error = wire[0]
+    assert (error[9], error[20], error[21]) == (1, 3, 4)
+    told = int.from_bytes(error[26:28], "big")
+    # The MTU that was told is exact: a packet of that size fits, one octet more does not.
+    fits = udp("10.1.0.2", "10.2.0.2", bytes(told - 28), df=True)
+    fate, wire = left.send(fits)
+    assert fate == Fate.DONE
+    assert len(wire[0]) <= 1400
+    assert right.receive(wire[0]) == (Fate.DONE, [fits])
+    assert left.send(udp("10.1.0.2", "10.2.0.2", bytes(told - 27), df=True))[0] == Counter.IP_TOOBIG
+
+
+def test_an_ipv6_packet_that_does_not_fit_is_answered_but_never_below_1280() -> None:
+    left, _ = tunnel("fd01::/64", "fd02::/64", A6, B6, mtu=1300)
+    fate, wire = left.send(udp("fd01::2", "fd02::2", bytes(1300)))
+    assert fate == Counter.IP_TOOBIG
+    assert (wire[0][6], wire[0][40]) == (58, 2)
+    assert int.from_bytes(wire[0][44:48], "big") == 1280
+    fate, wire = left.send(udp("fd01::2", "fd02::2", bytes(1280 - 48)))  # may not be refused: fragments of the outer
+    assert fate == Fate.DONE
+    assert len(wire) == 2
+    assert all(len(piece) <= 1300 for piece in wire)
+
+
+def test_without_df_the_outer_datagram_is_fragmented() -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, mtu=1400)
+    fate, wire = left.send(udp("10.1.0.2", "10.2.0.2", bytes(5000)))
+    assert fate == Fate.DONE
+    assert len(wire) > 3
+    assert all(len(piece) <= 1400 and piece[9] == 50 for piece in wire)
+
+
+def test_with_dfbit_1_the_inner_packet_is_fragmented_and_every_outer_header_has_df() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, mtu=1400, knobs={"net.inet.ipsec.dfbit": 1})
+    fate, wire = left.send(udp("10.1.0.2", "10.2.0.2", bytes(5000)))
+    assert fate == Fate.DONE
+    assert len(wire) > 3
+    for piece in wire:
+        assert len(piece) <= 1400
+        assert piece[6] & 0x40
+        assert right.receive(piece)[0] == Fate.DONE
+
+
+@pytest.mark.parametrize(("dfbit", "inner", "outer"), [(0, True, 0), (1, False, 1), (2, True, 1), (2, False, 0)])
+def test_dfbit_decides_the_outer_df(dfbit: int, inner: bool, outer: int) -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, knobs={"net.inet.ipsec.dfbit": dfbit})
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x", df=inner))
+    assert wire[0][6] >> 6 & 1 == outer
+
+
+@pytest.mark.parametrize(("ecn", "inner", "outer"), [(0, 0xB9, 0xB8), (1, 0xB9, 0xB9), (1, 0xBA, 0xBA)])
+def test_ecn_knob_decides_the_outer_ecn_and_dscp_is_copied(ecn: int, inner: int, outer: int) -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, knobs={"net.inet.ipsec.ecn": ecn})
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x", tos=inner))
+    assert wire[0][1] == outer
+
+
+@pytest.mark.parametrize(("inner", "expected"), [(0, Counter.IN_INVAL), (1, 3), (2, 3), (3, 3)])
+def test_congestion_on_the_way_reaches_the_inner_packet_by_rfc_6040(inner: int, expected: int) -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x", tos=inner))
+    marked = bytearray(wire[0])
+    marked[1] |= 3
+    fate, out = right.receive(bytes(marked))
+    if isinstance(expected, Counter):
+        assert fate == expected
+    else:
+        assert out[0][1] & 3 == expected
+        view = PacketView()
+        assert view.load(out[0])
+
+
+def test_tfc_padding_is_removed() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, tfc_pad=600)
+    packet = udp("10.1.0.2", "10.2.0.2", b"small")
+    _, wire = left.send(packet)
+    assert len(wire[0]) > 600
+    assert right.receive(wire[0]) == (Fate.DONE, [packet])
+
+
+def test_the_hard_byte_limit_is_exact_and_told_once() -> None:
+    packet = udp("10.1.0.2", "10.2.0.2", bytes(72))  # 100 octets
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, hard=Lifetime(bytes=1000), soft=Lifetime(bytes=500))
+    events: list[object] = []
+    fates = []
+    for _ in range(12):
+        fates.append(left.send(packet)[0])
+        events += left.emit.events
+    assert fates == [Fate.DONE] * 10 + [Counter.ESP_EXPIRED] * 2
+    assert [event.hard for event in events if isinstance(event, Expired)] == [False, True]
+
+
+def test_esp_enable_0_drops_both_ways_and_never_passes_in_clear() -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", b"x"))
+    for peer in (left, right):
+        peer.tables.sysctl.set("net.inet.esp.esp_enable", 0)
+    assert left.send(udp("10.1.0.2", "10.2.0.2", b"x")) == (Counter.ESP_PDROPS, [])
+    assert right.receive(wire[0]) == (Counter.ESP_PDROPS, [])
+
+
+@pytest.mark.parametrize("size", [0, 1, 19, 20, 21, 27, 28, 40, 59])
+def test_truncated_packets_never_raise(size: int) -> None:
+    left, right = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B)
+    _, wire = left.send(udp("10.1.0.2", "10.2.0.2", bytes(100)))
+    for peer in (left, right):
+        assert peer.receive(wire[0][:size])[0] == Counter.IP_MALFORMED
+        assert peer.send(wire[0][:size])[0] == Counter.IP_MALFORMED
