@@ -1,0 +1,88 @@
+"""The endpoint that Prometheus scrapes: ``/metrics`` over HTTP, few clients at a time, slow ones cut off."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from socketserver import ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from ipsecq.errors import DaemonError
+from ipsecq.metrics.collector import IpsecqCollector
+from ipsecq.metrics.source import Source
+
+MAX_CLIENTS: Final = 8
+CLIENT_SECONDS: Final = 5.0
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = CLIENT_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: scrapes are no news."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 16
+
+    def __init__(self, address: tuple[str, int], family: socket.AddressFamily) -> None:
+        self.address_family = family
+        self._free = threading.BoundedSemaphore(MAX_CLIENTS)
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """As in WSGIServer, without asking the DNS for our own name."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A thread for the client, unless too many have one."""
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve, and give the place back whatever happens."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is its own affair."""
+
+
+class MetricsServer:
+    """Serves ``source`` on (host, port) from threads of this process, in the network namespace it was made in."""
+
+    def __init__(self, host: str, port: int, source: Source) -> None:
+        """Bind; DaemonError when the address is taken or not ours."""
+        registry = CollectorRegistry()
+        registry.register(IpsecqCollector(source))
+        try:
+            family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]  # noqa: S104
+            self._server = _Server((host, port), socket.AddressFamily(family))
+        except OSError as error:
+            raise DaemonError(f"metrics: cannot listen on {host}:{port}: {error.strerror}") from error
+        self.port = self._server.server_port
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._thread.is_alive():
+            self._server.shutdown()
+        self._server.server_close()
