@@ -1,0 +1,150 @@
+"""The control socket: one JSON object asks, one JSON object answers, over a Unix stream socket.
+
+    {"command": "sysctl", "set": {"net.inet.ipsec.dfbit": "1"}}
+    {"ok": true, "result": …}          {"ok": false, "error": "…", "code": "sysctl", "exit_status": 1}
+
+Who may: root and the daemon's own user everything, others what is in :data:`READ_ONLY`; the socket's mode lets nobody
+in but its owner and the configured group, and SO_PEERCRED says who came.  Clients, sizes and waits are bounded, so a
+stuck client holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import json
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ipsecq.errors import DaemonError, IpsecqError
+
+MAX_CLIENTS: Final = 16
+MAX_REQUEST: Final = 1 << 16
+MAX_ANSWER: Final = 1 << 26
+PATIENCE: Final = 10.0
+"""Seconds that a client has to say what it wants, and then to take the answer."""
+
+READ_ONLY: Final = frozenset({"status", "stat", "sysctl-get", "version"})
+
+Handler = Callable[[str, dict[str, Any]], Awaitable[object]]
+"""``handler(command, request) -> result``, something that JSON can say; IpsecqError for the client's eyes."""
+
+
+class ControlServer:
+    """The daemon's end."""
+
+    def __init__(self, path: Path, group: str, handler: Handler) -> None:
+        self._path = path
+        self._group = group
+        self._handler = handler
+        self._server: asyncio.Server | None = None
+        self._clients = 0
+
+    async def start(self) -> None:
+        """Listen.  Raises DaemonError; the caller holds the lock of the run directory, so an old socket is nobody's."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        before = os.umask(0o177)
+        try:
+            self._path.unlink(missing_ok=True)
+            sock.bind(str(self._path))
+            if self._group:
+                os.chown(self._path, -1, grp.getgrnam(self._group).gr_gid)
+                self._path.chmod(0o660)
+        except KeyError:
+            raise DaemonError(f"[daemon] group: no group {self._group!r} on this system") from None
+        except OSError as error:
+            raise DaemonError(f"control socket {self._path}: {error.strerror}") from error
+        finally:
+            os.umask(before)
+        self._server = await asyncio.start_unix_server(self._client, sock=sock, limit=MAX_REQUEST)
+
+    async def close(self) -> None:
+        """Stop listening and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients += 1
+        try:
+            if self._clients > MAX_CLIENTS:
+                answer = _refusal(DaemonError("the control socket is busy: try again"))
+            else:
+                answer = await self._answer(reader, writer)
+            writer.write(answer)
+            await asyncio.wait_for(writer.drain(), PATIENCE)
+        except (OSError, TimeoutError, ValueError):
+            # Gone, too slow, or a line without end: nothing is owed to it.
+            writer.transport.abort()
+        finally:
+            self._clients -= 1
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        line = await asyncio.wait_for(reader.readline(), PATIENCE)
+        try:
+            request = json.loads(line)
+            command = str(request["command"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _refusal(DaemonError('expected one JSON object with "command"'))
+        user = peer_user(writer.get_extra_info("socket"))
+        if command not in READ_ONLY and user not in (0, os.geteuid()):
+            return _refusal(DaemonError(f"{command}: only root may"))
+        try:
+            answer = json.dumps({"ok": True, "result": await self._handler(command, request)}).encode() + b"\n"
+        except IpsecqError as error:
+            return _refusal(error)
+        if len(answer) > MAX_ANSWER:
+            return _refusal(DaemonError("the answer is too long: ask for less with limit and offset"))
+        return answer
+
+
+def _refusal(error: IpsecqError) -> bytes:
+    answer = {"ok": False, "error": str(error), "code": error.code, "exit_status": error.exit_status}
+    return json.dumps(answer).encode() + b"\n"
+
+
+def peer_user(sock: Any) -> int:
+    """User id of whoever connected (SO_PEERCRED, unix(7))."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+class ControlError(IpsecqError):
+    """What the daemon answered, with its own code and exit status."""
+
+    def __init__(self, message: str, code: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.code, self.exit_status = code, exit_status
+
+
+def ask(path: Path, command: str, *, timeout: float = 60.0, **arguments: object) -> Any:
+    """A command's end: ask the running daemon.
+
+    Raises DaemonError when it can't be reached, ControlError when it refuses.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.settimeout(timeout)
+        try:
+            sock.connect(str(path))
+            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            octets = bytearray()
+            while chunk := sock.recv(1 << 18):
+                octets += chunk
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise DaemonError(f"no daemon answers at {path}: is ipsecq running (systemctl status ipsecq)?") from None
+        except PermissionError:
+            raise DaemonError(f"{path}: permission denied: be root or of the group in [daemon] group") from None
+        except OSError as error:
+            raise DaemonError(f"{path}: {error.strerror or 'the daemon did not answer in time'}") from error
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        answer = json.loads(octets)
+        if answer["ok"]:
+            return answer["result"]
+        raise ControlError(str(answer["error"]), str(answer["code"]), int(answer["exit_status"]))
+    raise DaemonError(f"{path}: the daemon broke off; its log says why")

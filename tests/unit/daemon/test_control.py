@@ -1,0 +1,143 @@
+"""The control socket: for root and a group, bounded, and no client holds up another."""
+
+import asyncio
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+from ipsecq.daemon.control import MAX_CLIENTS, MAX_REQUEST, ControlError, ControlServer, ask
+from ipsecq.errors import DaemonError, SysctlError
+
+
+async def handler(command, request):
+    if command == "fail":
+        raise SysctlError("unknown oid 'x'")
+    if command == "long":
+        return "x" * (1 << 22)
+    if command == "slow":
+        await asyncio.sleep(0.2)
+    return {"command": command, "value": request.get("value")}
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A server on its own thread."""
+    place = tmp_path / "control"
+    loop = asyncio.new_event_loop()
+    server = ControlServer(place, "", handler)
+    loop.run_until_complete(server.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield place
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    assert not place.exists()
+
+
+def raw(path):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(5)
+    sock.connect(str(path))
+    return sock
+
+
+def test_a_question_is_answered(path):
+    assert ask(path, "status", value=3) == {"command": "status", "value": 3}
+
+
+def test_the_daemons_own_error_arrives_with_code_and_exit_status(path):
+    with pytest.raises(ControlError, match="unknown oid") as caught:
+        ask(path, "fail")
+    assert (caught.value.code, caught.value.exit_status) == ("sysctl", 1)
+
+
+def test_nobody_else_may_open_the_socket(path):
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_group_gets_in_by_mode(tmp_path):
+    async def scenario():
+        server = ControlServer(tmp_path / "c", "daemon", handler)
+        await server.start()
+        status = (tmp_path / "c").stat()
+        await server.close()
+        return status
+
+    status = asyncio.run(scenario())
+    assert status.st_mode & 0o777 == 0o660
+    assert status.st_gid == 1
+
+
+def test_an_unknown_group_is_named(tmp_path):
+    with pytest.raises(DaemonError, match="no group 'nobodys'"):
+        asyncio.run(ControlServer(tmp_path / "c", "nobodys", handler).start())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes user")
+def test_members_of_the_group_may_look_but_not_change(path):
+    path.chmod(0o666)
+    for parent in path.parents:
+        if parent.stat().st_uid == 0 and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgid(12345)
+            os.setuid(12345)
+            seen = ask(path, "status")["command"]
+            try:
+                ask(path, "reload")
+            except ControlError as error:
+                seen += " " + str(error)
+            os.write(writer, seen.encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert os.read(reader, 1000) == b"status reload: only root may"
+
+
+@pytest.mark.parametrize("line", [b"\n", b"[]\n", b"{}\n", b"\xff\xff\n", b"[" * 5000 + b"\n", b'{"command"'])
+def test_nonsense_is_refused(path, line):
+    with raw(path) as sock:
+        sock.sendall(line)
+        sock.shutdown(socket.SHUT_WR)
+        answer = json.loads(sock.makefile().read())
+    assert not answer["ok"]
+
+
+def test_a_request_without_end_is_cut_off(path):
+    with raw(path) as sock:
+        try:
+            for _ in range(4 * MAX_REQUEST // 1000):
+                sock.sendall(b"x" * 1000)
+            assert sock.recv(100) == b""
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert ask(path, "status")
+
+
+def test_stuck_clients_do_not_block_others(path):
+    silent = [raw(path) for _ in range(MAX_CLIENTS - 2)]
+    unread = raw(path)
+    unread.sendall(b'{"command": "long"}\n')
+    assert ask(path, "status", timeout=2)["command"] == "status"
+    for each in (*silent, unread):
+        each.close()
+
+
+def test_too_many_clients_are_told(path):
+    silent = [raw(path) for _ in range(MAX_CLIENTS)]
+    with pytest.raises(ControlError, match="busy"):
+        ask(path, "status", timeout=2)
+    for each in silent:
+        each.close()
+
+
+def test_a_daemon_that_is_not_there_is_an_error_with_a_hint(tmp_path):
+    with pytest.raises(DaemonError, match="is ipsecq running"):
+        ask(tmp_path / "none", "status")
