@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -56,6 +56,8 @@ class Tunnel:
     versions: Sequence[int] = (4, 6)
     spi: int = 0x1000
     replay_octets: int = 32
+    hidden: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """(site number, IP version) to the address that stands for its LAN inside the tunnel, after source NAT."""
     lines: list[str] = field(default_factory=list)
     """The ``add`` lines, equal at both ends."""
 
@@ -71,18 +73,21 @@ class Tunnel:
         """The SPI of what ``near`` sends."""
         return self.spi + 16 * near.number + version
 
-    def setkey(self, near: Site, *, inner_source: str | None = None) -> str:
-        """The setkey.conf of one end; ``inner_source`` replaces its LAN when source NAT hides it inside the tunnel."""
+    def setkey(self, near: Site) -> str:
+        """The setkey.conf of one end."""
         far = self.network.two if near is self.network.one else self.network.one
         text = ["flush;", "spdflush;", *self.lines]
         for version in self.versions:
-            ours = inner_source if inner_source and version == 4 else near.lan(version)
+            ours, theirs = self._inside(near, version), self._inside(far, version)
             ends = near.wan(version), far.wan(version)
             text += [
-                f"spdadd {ours} {far.lan(version)} any -P out ipsec esp/tunnel/{ends[0]}-{ends[1]}/require;",
-                f"spdadd {far.lan(version)} {ours} any -P in ipsec esp/tunnel/{ends[1]}-{ends[0]}/require;",
+                f"spdadd {ours} {theirs} any -P out ipsec esp/tunnel/{ends[0]}-{ends[1]}/require;",
+                f"spdadd {theirs} {ours} any -P in ipsec esp/tunnel/{ends[1]}-{ends[0]}/require;",
             ]
         return "\n".join(text) + "\n"
+
+    def _inside(self, site: Site, version: int) -> str:
+        return self.hidden.get((site.number, version), site.lan(version))
 
 
 class Gateway:

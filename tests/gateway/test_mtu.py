@@ -1,0 +1,57 @@
+"""Every MTU from 576 to 9000: TCP never stalls, and senders learn the tunnel's MTU from ICMP."""
+
+import re
+
+import pytest
+
+from ipsecq.lab.capture import Capture, in_clear
+from ipsecq.lab.traffic import ping, tcp, udp_echo
+
+pytestmark = pytest.mark.root
+
+MTUS = [576, 900, 1280, 1400, 1492, 1500, 4000, 9000]
+
+
+@pytest.mark.parametrize("router", [False, True], ids=["own-link", "behind-a-router"])
+@pytest.mark.parametrize("mtu", MTUS)
+def test_tcp_and_udp_cross_a_wire_of_any_mtu(make_world, mtu, router):
+    """The LAN's MTU is 9000: every sender starts too big.  Behind a router only ICMP tells gateway 1 of the MTU."""
+    world = make_world(lan_mtu=9000, wire_mtu=mtu, router=router)
+    one, two = world.network.sites
+    router_space = world.network.router
+    with Capture(*((router_space, "left") if router else (one.gateway, "wan"))) as wire:
+        for version in (4, 6) if mtu >= 1280 else (4,):
+            for reverse in (False, True):
+                transfer = tcp(
+                    one.host, two.host, two.host_address(version), 4_000_000, reverse=reverse, timeout=20
+                )
+                assert transfer.digest_matches
+                assert transfer.longest_pause < 3
+            echoes = udp_echo(one.host, two.host, two.host_address(version), [1, 500, 1400, 3000, 9000, 1400, 9000])
+            assert echoes.damaged == []
+            assert len(echoes.lost) <= 2  # those that taught a sender
+        wire.settle()
+    assert in_clear(wire.frames(), one.lan4, two.lan4, one.lan6, two.lan6) == []
+
+
+@pytest.mark.parametrize("mtu", [1280, 1400, 1500])
+def test_a_sender_with_df_learns_the_tunnels_mtu(make_world, mtu):
+    world = make_world(lan_mtu=1500, wire_mtu=mtu)
+    one, two = world.network.sites
+    assert ping(one.host, two.host4, count=2, size=1472, df=True, wait=0.5) == 0
+    route = one.host.run("ip", "route", "get", two.host4).stdout
+    learned = int(re.search(r"mtu (\d+)", route)[1])
+    # AES-GCM in an IPv4 tunnel: outer header 20, ESP header 8, IV 8, ICV 16, trailer 2, padding to four octets.
+    assert mtu - 57 <= learned <= mtu - 54
+    assert ping(one.host, two.host4, count=3, size=learned - 28, df=True) == 3
+
+
+@pytest.mark.parametrize("mtu", [1400, 1500])
+def test_an_ipv6_sender_learns_the_tunnels_mtu(make_world, mtu):
+    world = make_world(lan_mtu=1500, wire_mtu=mtu)
+    one, two = world.network.sites
+    ping(one.host, two.host6, count=1, size=1452, wait=0.5)
+    route = one.host.run("ip", "-6", "route", "get", two.host6).stdout
+    learned = int(re.search(r"mtu (\d+)", route)[1])
+    assert mtu - 77 <= learned <= mtu - 74
+    assert ping(one.host, two.host6, count=3, size=1452) == 3  # in fragments now
