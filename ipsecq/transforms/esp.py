@@ -1,0 +1,121 @@
+"""ESP (RFC 4303): header, padding, trailer and ICV around the ciphers of :mod:`ipsecq.crypto`.
+
+The transform knows no addresses, no replay window and no SA: the engine hands it a sequence number and gets octets.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from ipsecq.counters import Counter
+from ipsecq.crypto.cipher import EspCipher
+
+Buffer = bytes | bytearray | memoryview
+
+ESP_HEADER: Final = 8
+"""Octets of SPI and sequence number."""
+
+_HDROPS: Final = int(Counter.ESP_HDROPS)
+_BADILEN: Final = int(Counter.ESP_BADILEN)
+_BADAUTH: Final = int(Counter.ESP_BADAUTH)
+_BADENC: Final = int(Counter.ESP_BADENC)
+
+_PAD: Final = bytes(range(1, 256))
+"""RFC 4303 section 2.4: the padding octets are 1, 2, 3, …"""
+
+_OCTET: Final = [bytes((octet,)) for octet in range(256)]
+
+_pack_header: Final = struct.Struct(">II").pack
+_pack_sequence: Final = struct.Struct(">Q").pack
+_unpack_header: Final = struct.Struct(">II").unpack_from
+
+
+def header(packet: Buffer, offset: int) -> tuple[int, int] | None:
+    """SPI and low sequence number of the ESP packet at ``offset``; None when the buffer ends before them."""
+    return _unpack_header(packet, offset) if len(packet) - offset >= ESP_HEADER else None
+
+
+class EspTransform:
+    """One SA's ESP.  ``spi`` is a host-order int, ``tfc_pad`` the octets to which payloads are filled up (0: off).
+
+    TFC padding (RFC 4303 section 2.7) follows the payload, so the receiver must find the payload's own end: use it in
+    tunnel mode, where the inner IP header says it.
+    """
+
+    __slots__ = (
+        "_align", "_fixed", "_minimum", "_open", "_seal", "_trailers",
+        "cipher", "esn", "iv_length", "random_length", "spi", "tfc_pad",
+    )  # fmt: skip
+
+    def __init__(self, spi: int, cipher: EspCipher, *, esn: bool = False, tfc_pad: int = 0) -> None:
+        self.spi = spi
+        self.cipher = cipher
+        self.esn = esn
+        self.tfc_pad = tfc_pad
+        self.iv_length = cipher.iv_length
+        self.random_length = 0 if cipher.iv_is_counter else cipher.iv_length
+        """Random octets that :meth:`seal` needs from its caller; 0 when the sequence number makes the IV."""
+        self._align = max(4, cipher.block)
+        self._fixed = ESP_HEADER + cipher.iv_length + cipher.icv_length
+        self._minimum = self._fixed + self._align
+        self._seal = cipher.seal
+        self._open = cipher.open
+        # Padding and pad length by (payload length mod alignment): made once, only the next header is added per packet.
+        self._trailers = [
+            _PAD[:pad] + bytes((pad,)) for pad in (-(length + 2) % self._align for length in range(self._align))
+        ]
+
+    def sealed_length(self, payload_length: int) -> int:
+        """Octets from SPI to ICV for a payload of this many octets."""
+        padded = payload_length if payload_length > self.tfc_pad else self.tfc_pad
+        return self._fixed + (padded + 1 + self._align) // self._align * self._align
+
+    def max_payload(self, available: int) -> int:
+        """The longest payload whose sealed length is at most ``available``; negative when not even an empty one fits.
+
+        TFC padding is left out: it must itself be no longer than this.
+        """
+        return (available - self._fixed) // self._align * self._align - 2
+
+    def seal(
+        self, payload: Buffer, next_header: int, sequence: int, iv: bytes = b"", prefix: Buffer = b""
+    ) -> bytes:
+        """``prefix`` and the ESP packet of ``payload``, in one allocation.
+
+        ``sequence`` is the full 64-bit number (32 bits without ESN).  ``iv`` is ``random_length`` random octets
+        for CBC; counter modes make it from ``sequence`` when it is empty, and one that is given must never repeat.
+        """
+        length = len(payload)
+        if length < self.tfc_pad:
+            payload = b"".join((payload, bytes(self.tfc_pad - length)))
+            length = self.tfc_pad
+        low = sequence & 0xFFFFFFFF
+        return self._seal(
+            prefix,
+            _pack_header(self.spi, low),
+            iv or (_pack_sequence(sequence) if self.iv_length else b""),
+            b"".join((payload, self._trailers[length % self._align], _OCTET[next_header])),
+            (sequence >> 32).to_bytes(4, "big") if self.esn else b"",
+        )
+
+    def open(self, packet: Buffer, offset: int, sequence: int) -> tuple[int, int, bytes]:
+        """Authenticate and decrypt the ESP packet that starts at ``offset`` and ends with the buffer.
+
+        ``sequence`` is the full number that the replay window derived.  Returns ``(0, next header, payload)``, or
+        ``(drop Counter, 0, b"")``: ESP_HDROPS too short, ESP_BADILEN not whole blocks, ESP_BADAUTH, ESP_BADENC padding
+        that RFC 4303 section 2.4 doesn't allow.  Raises nothing.
+        """
+        length = len(packet) - offset
+        if length < self._minimum:
+            return _HDROPS, 0, b""
+        if (length - self._fixed) % self._align:
+            return _BADILEN, 0, b""
+        plaintext = self._open(packet, offset, (sequence >> 32).to_bytes(4, "big") if self.esn else b"")
+        if plaintext is None:
+            return _BADAUTH, 0, b""
+        pad = plaintext[-2]
+        end = len(plaintext) - 2 - pad
+        if end < 0 or plaintext[end:-2] != _PAD[:pad]:
+            return _BADENC, 0, b""
+        return 0, plaintext[-1], plaintext[:end]
