@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 import os
 import secrets
 import signal
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from ipsecq.daemon.control import ask
 from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
 from ipsecq.lab.topology import Network, Site
 
@@ -176,8 +176,15 @@ level = "info"
         return self.space.run(sys.executable, "-m", "ipsecq", *argv, "--config", str(self.config), check=check)
 
     def status(self) -> Any:
-        """``ipsecq status --json``."""
-        return json.loads(self.command("status", "--json").stdout)
+        """What ``ipsecq status --json`` prints, asked over the control socket."""
+        return ask(self.directory / "run" / "control", "status")
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's pid."""
+        if self.process is None:
+            raise LabError("not started")
+        return self.process.pid
 
     def workers(self) -> list[int]:
         """Pids of the workers, from status."""

@@ -8,7 +8,6 @@ from ipsecq.lab.gateway import Gateway, Tunnel
 from ipsecq.lab.netns import Lab
 from ipsecq.lab.topology import Network, build, firewall
 
-
 started: list[Gateway] = []
 """The daemons that were started last."""
 

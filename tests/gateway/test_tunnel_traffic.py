@@ -112,7 +112,14 @@ def test_inner_traffic_that_is_source_natted_before_esp_finds_its_way_back(make_
 
 def test_status_and_metrics_count_what_crossed(tunnel_net):
     one, two = tunnel_net.network.sites
-    before = tunnel_net.two.metric("ipsecq_esp_input_total")
+
+    def esp(gateway, direction):
+        return gateway.metric("ipsecq_protocol_packets_total", protocol="esp", direction=direction)
+
+    sent, taken = esp(tunnel_net.one, "out"), esp(tunnel_net.two, "in")
     assert ping(one.host, two.host4, count=5) == 5
-    assert tunnel_net.two.metric("ipsecq_esp_input_total") >= before + 5
-    assert tunnel_net.one.status()
+    assert esp(tunnel_net.one, "out") == sent + 5
+    assert esp(tunnel_net.two, "in") == taken + 5
+    status = tunnel_net.one.status()
+    assert len(status["workers"]) == 2
+    assert {int(worker["pid"]) for worker in status["workers"]} <= set(one.gateway.pids())
