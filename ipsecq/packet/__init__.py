@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""IP datagrams as octets: views, headers, extension headers, checksums, fragments, segments, ICMP errors (sans I/O)."""

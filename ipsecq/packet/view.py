@@ -109,11 +109,6 @@ class PacketView:
         """A part of a datagram.  An atomic fragment (RFC 6946) is whole, so it is none."""
         return self.fragment_word & 0x3FFF != 0
 
-    @property
-    def unfragmentable_length(self) -> int:
-        """RFC 8200's name for ``header_length``."""
-        return self.header_length
-
     def flow(self) -> tuple[bytes, bytes, int, int, int]:
         """The selector tuple: source, destination, protocol, source port, destination port."""
         return self.src, self.dst, self.protocol, self.sport, self.dport
@@ -123,7 +118,7 @@ class PacketView:
 
         False means malformed: unknown version, impossible or truncated lengths, a jumbogram, an extension header out
         of its place or a chain of more than :data:`MAX_EXTENSION_HEADERS`.  The attributes are then meaningless.
-        Never raises, whatever the octets.  About 0.6 µs for TCP in IPv4.
+        Never raises, whatever the octets.  About 0.2 µs for TCP in IPv4, 0.5 µs in IPv6.
         """
         size = len(buffer)
         if size < 20:

@@ -117,7 +117,7 @@ def test_per_hop_headers_end_behind_the_routing_header():
     )
     view = load(packet)
     assert (view.tos, view.flow_label, view.ttl, view.identification) == (0x2E, 0x12345, 9, 99)
-    assert view.header_length == view.unfragmentable_length == 40 + 8 + 8 + 24
+    assert view.header_length == 40 + 8 + 8 + 24
     assert (view.header_nexthdr, bytes(packet)[view.header_nexthdr]) == (56, 44)
     assert (view.fragment_header, view.is_fragment) == (80, False)
     assert (view.nexthdr_offset, view.offset) == (88, 96)
