@@ -199,9 +199,9 @@ class Combination:
     @classmethod
     def unpack(cls, data: memoryview) -> Self:
         """The structure at the start of ``data``, which is long enough."""
-        values = cls.LAYOUT.unpack_from(data)
-        limits = values[8:]
-        return cls(*values[:7], LifetimeExt(*limits[0::2]), LifetimeExt(*limits[1::2]))
+        auth, encrypt, flags, amin, amax, emin, emax, _, *limits = cls.LAYOUT.unpack_from(data)
+        soft, hard = LifetimeExt(*limits[0::2]), LifetimeExt(*limits[1::2])
+        return cls(auth, encrypt, flags, amin, amax, emin, emax, soft, hard)
 
 
 @dataclass(slots=True)
