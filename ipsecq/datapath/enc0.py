@@ -53,6 +53,8 @@ refuses every packet from a device without any IPv4 address, so enc0 has this on
 
 _VNET: Final = Struct("=BBHHHH")
 _PLAIN: Final = bytes(_VNET.size)
+_PEEK: Final = 64
+"""Octets read of a packet that is thrown away; the kernel refuses fewer than a virtio header."""
 _IFREQ_FLAGS: Final = Struct("=16sH22x")
 _IFREQ_INT: Final = Struct("=16si20x")
 
@@ -101,7 +103,7 @@ def _open(name: str, vnet_hdr: bool) -> int:
         os.close(descriptor)
         reason = {
             errno.EPERM: "CAP_NET_ADMIN is needed",
-            errno.EINVAL: "the name belongs to another kind of device, or to a TUN device with other flags: remove it",
+            errno.EINVAL: "the name belongs to another kind of device, or to a TUN device with one queue: remove it",
             errno.EBUSY: "a device of that name is in use",
             errno.E2BIG: "all of its queues are taken",
         }.get(error.errno or 0, error.strerror)
@@ -152,7 +154,11 @@ class Enc0:
     """
 
     def __init__(self, name: str = "enc0", *, vnet_hdr: bool = True) -> None:
-        """Attach to the device that :func:`create` made, with the same ``vnet_hdr``; DaemonError when that fails."""
+        """Attach to the device that :func:`create` made; DaemonError when that fails.
+
+        ``vnet_hdr`` belongs to the device, not to the queue: attaching with another value changes it for everybody,
+        so all workers and :func:`create` use the same.
+        """
         self.name, self.vnet_hdr = name, vnet_hdr
         self.errors: dict[int, int] = {}
         self.discarded = 0
@@ -203,7 +209,7 @@ class Enc0:
         count = 0
         while count < limit:
             try:
-                os.read(self.fd, 1)  # the rest of the packet is lost, as meant
+                os.read(self.fd, _PEEK)  # the rest of the packet is lost, as meant
             except BlockingIOError:
                 break
             except OSError as error:

@@ -1,0 +1,44 @@
+"""Path MTUs come from routes, shrink by what is learned, never grow by it, and are forgotten after ten minutes."""
+
+from __future__ import annotations
+
+import socket
+
+from ipsecq.datapath.mtu import LEARNED_SECONDS, PathMtu
+
+HERE4 = socket.inet_aton("127.0.0.1")
+HERE6 = socket.inet_pton(socket.AF_INET6, "::1")
+
+
+def test_the_loopback_route_gives_mtu_and_source():
+    path = PathMtu()
+    assert path.mtu_of(HERE4) == 65535  # the device's 65536, which no datagram can fill
+    assert path.source_for(HERE4) == HERE4
+
+
+def test_a_learned_mtu_lasts_ten_minutes():
+    path = PathMtu()
+    assert path.learn(HERE4, 1400, 1000.0)
+    assert path.mtu_of(HERE4) == 1400
+    path.advance(1000.0 + LEARNED_SECONDS - 1)
+    assert path.mtu_of(HERE4) == 1400
+    path.advance(1000.0 + LEARNED_SECONDS + 1)
+    assert path.mtu_of(HERE4) == 65535
+
+
+def test_a_learned_mtu_never_raises_and_never_falls_below_the_minimum():
+    path = PathMtu()
+    assert path.learn(HERE4, 1400, 0.0)
+    assert not path.learn(HERE4, 1450, 1.0)
+    assert path.mtu_of(HERE4) == 1400
+    assert path.learn(HERE4, 68, 2.0)
+    assert path.mtu_of(HERE4) == 576
+    assert path.learn(HERE6, 100, 2.0)
+    assert path.mtu_of(HERE6) == 1280
+
+
+def test_a_destination_without_route_gets_a_default_and_no_source():
+    path = PathMtu()
+    nowhere = socket.inet_pton(socket.AF_INET6, "fe80::1")  # link-local without a scope: no route can say where
+    assert path.mtu_of(nowhere) == 1500
+    assert path.source_for(nowhere) == bytes(16)
