@@ -1,6 +1,7 @@
 """What this kernel and this process can do, found by trying it in a network namespace of its own.
 
-Trying beats reading module lists: modules load on demand, may be built in, and a container may forbid what the kernel has.
+Trying beats reading module lists: modules load on demand, may be built in, and a container may forbid what the kernel
+has.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def process_capabilities() -> int:
 
 def _unshare() -> bool:
     # Threads have network namespaces of their own; this one's ends with the thread.
-    return ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0
+    return bool(ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0)
 
 
 def _probe(scratch: bool) -> Capabilities:

@@ -36,14 +36,13 @@ _TIMEOUT: Final = 60.0
 
 
 def run_nft(text: str, *arguments: str) -> str:
-    """Give nft a script on standard input, or ``arguments``; its output.  NetfilterError on one line when it refuses.
+    """Give nft a script on standard input, or ``arguments``; its output.  NetfilterError on one line if it refuses.
 
     nft names the place and repeats the line with a marker below; the message keeps the reason and the line.
     """
     try:
-        done = subprocess.run(
-            ["nft", *(arguments or ("-f", "-"))], input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False
-        )
+        command = ["nft", *(arguments or ("-f", "-"))]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except FileNotFoundError:
         raise NetfilterError("nft is not installed: apt install nftables") from None
     except subprocess.TimeoutExpired:
@@ -225,7 +224,8 @@ class Loader:
             return False
         chains = self._rules(nl.NFPROTO_NETDEV)
         # The chain of a device that has just gone may have gone with it.
-        return all(chains.get(egress_chain(index)) == 1 for index, name in self.guarded.items() if _index(name) == index)
+        present = [index for index, name in self.guarded.items() if _index(name) == index]
+        return all(chains.get(egress_chain(index)) == 1 for index in present)
 
     def watch(self) -> nl.NftSocket:
         """A socket that becomes readable whenever somebody changes nf_tables: call :meth:`is_loaded` then.
