@@ -246,13 +246,16 @@ def wait_for(condition: Callable[[], T], what: str, timeout: float = 10.0, every
 
 
 def sweep() -> None:
-    """Remove namespaces of runs whose process is gone (it was killed and could not clean up)."""
-    if not NETNS_DIRECTORY.is_dir():
-        return
-    for path in NETNS_DIRECTORY.iterdir():
-        match = _OUR_NAME.match(path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
-            subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
+    """Remove namespaces and files of runs whose process is gone (it was killed and could not clean up)."""
+
+    def orphans(directory: Path) -> list[Path]:
+        matches = [(path, _OUR_NAME.match(path.name)) for path in directory.iterdir()] if directory.is_dir() else []
+        return [path for path, match in matches if match and not Path(f"/proc/{match[1]}").exists()]
+
+    for path in orphans(NETNS_DIRECTORY):
+        subprocess.run(["ip", "netns", "del", path.name], capture_output=True, check=False)
+    for path in orphans(Path(tempfile.gettempdir())):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
