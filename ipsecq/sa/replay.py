@@ -14,7 +14,6 @@ from ipsecq.sa.association import SLOT_HEADER_WORDS, Slot, slot_words
 MAX_REPLAY_WINDOW: Final = 131072
 """Largest window in packets (Linux's limit: 4096 words of 32 bits)."""
 
-_MAX_JUMP: Final = 1 << 31
 _LOW: Final = 0xFFFFFFFF
 
 
@@ -54,9 +53,9 @@ class ReplayWindow:
     def check(self, low: int) -> int:
         """Return the full sequence number of a packet that carries ``low`` (32 bits), or -1 to drop it.
 
-        -1 means seen before, left of the window, number 0, or further than 2^31 ahead.  Nothing is changed: call
-        :meth:`update` after the packet has been authenticated with the number returned here.  With the window
-        off, every number is taken as it is.
+        -1 means seen before, left of the window, or number 0 (which no sender uses, RFC 4303 section 3.3.3).  Nothing
+        is changed: call :meth:`update` after the packet has been authenticated with the number returned here.  With
+        the window off, every number is taken as it is.
         """
         size = self._size
         if not size:
@@ -78,7 +77,7 @@ class ReplayWindow:
         else:
             sequence = low
         if sequence > edge:
-            return sequence if sequence - edge <= _MAX_JUMP else -1
+            return sequence
         if edge - sequence >= size or not sequence:
             return -1
         if words[self._ring + (sequence >> 6 & self._mask)] >> (sequence & 63) & 1:

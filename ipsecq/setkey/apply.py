@@ -30,8 +30,8 @@ def apply(
     """Carry out ``commands`` on copies of ``sad`` and ``spd`` and return them; the arguments stay as they are.
 
     ``now`` (Unix seconds) becomes the creation time of what is added.  ConfigError with file, line and column of the
-    first command that fails; nothing has been changed then.  Copying costs time in proportion to the content: this is for
-    files; single changes go to :class:`Sad` and :class:`Spd` themselves.
+    first command that fails; nothing has been changed then.  Copying costs time in proportion to the content:
+    this is for files; single changes go to :class:`Sad` and :class:`Spd` themselves.
     """
     result = Applied(sad.copy(), spd.copy())
     for command in commands:

@@ -152,5 +152,7 @@ def format_selector(selector: Selector) -> str:
     dport = format_port(selector.dport_first, selector.dport_last)
     upper = format_upper(selector.protocol)
     if selector.protocol in ICMP:
-        return f"{src} {dst} {upper}{f' {sport},{dport}' if selector.has_ports else ''}"
+        # 0 is KAME's way to say any here.
+        kind = f" {sport},{dport}".replace("any", "0") if selector.has_ports else ""
+        return f"{src} {dst} {upper}{kind}"
     return f"{src}[{sport}] {dst}[{dport}] {upper}"
