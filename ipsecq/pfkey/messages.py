@@ -178,20 +178,23 @@ def build(message: Message, dialect: Dialect = Dialect.LINUX) -> bytes:
     return b"".join(parts)
 
 
-def parse_header(data: bytes | memoryview, dialect: Dialect = Dialect.LINUX) -> Message:
+def parse_header(data: bytes | memoryview, dialect: Dialect = Dialect.LINUX, *, reply: bool = False) -> Message:
     """The base header, checked, without a look at the extensions.
 
-    Raises PfkeyError: EMSGSIZE for lengths, EINVAL for version, reserved field and type.
+    Raises PfkeyError: EMSGSIZE for lengths, EINVAL for version, reserved field and type (a ``reply`` with an errno
+    repeats the type that was refused).
     """
     if len(data) < HEADER_LENGTH:
         raise PfkeyError(f"a message of {len(data)} octets: {HEADER_LENGTH} are needed", errno.EMSGSIZE)
     version, kind, number, satype, words, reserved, seq, pid = _HEADER.unpack_from(data)
     if version != PF_KEY_V2:
         raise PfkeyError(f"PF_KEY version {version}: 2 is spoken here")
-    if not 0 < kind <= MESSAGE_TYPE_MAX[dialect]:
+    if not 0 < kind <= MESSAGE_TYPE_MAX[dialect] and not (reply and number):
         raise PfkeyError(f"message type {kind} is unknown")
     if words * 8 != len(data):
         raise PfkeyError(f"sadb_msg_len {words} words, but {len(data)} octets came", errno.EMSGSIZE)
+    if reserved and not reply:
+        raise PfkeyError(f"sadb_msg_reserved is {reserved}: it must be 0")
     return Message(kind, satype, number, seq, pid, reserved)
 
 
@@ -200,9 +203,7 @@ def parse(data: bytes | memoryview, dialect: Dialect = Dialect.LINUX, *, reply: 
 
     ``reply``: it comes from the server, whose policy messages hold a count of references in the reserved field.
     """
-    message = parse_header(data, dialect)
-    if message.reserved and not reply:
-        raise PfkeyError(f"sadb_msg_reserved is {message.reserved}: it must be 0")
+    message = parse_header(data, dialect, reply=reply)
     view = memoryview(data)
     table = EXTENSIONS[dialect]
     at = HEADER_LENGTH

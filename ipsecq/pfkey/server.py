@@ -113,6 +113,10 @@ class PfkeyServer:
             client.dump = None
         return datagrams
 
+    def dumping(self, client_id: int) -> bool:
+        """Has :meth:`more` something for this client?"""
+        return self.hub.clients[client_id].dump is not None
+
     def _show(self, client: Client, data: bytes, message: Message) -> None:
         """Requests go to promiscuous clients first; those of another dialect get them translated."""
         for other in self.hub.clients.values():
