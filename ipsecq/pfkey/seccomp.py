@@ -1,0 +1,238 @@
+"""The two kernel interfaces of seccomp user notification (seccomp_unotify(2)), by ctypes.
+
+:func:`install` gives the calling process a filter that lets every system call pass but the few that ipsecq serves;
+:class:`Listener` is the supervisor's end.  x86_64 and aarch64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from ipsecq.errors import DaemonError
+from ipsecq.pfkey.constants import AF_KEY
+
+IP_IPSEC_POLICY: Final = 16
+IPV6_IPSEC_POLICY: Final = 34
+
+
+@dataclass(slots=True, frozen=True)
+class Architecture:
+    """What the filter must know of a machine: AUDIT_ARCH_* and numbers of system calls."""
+
+    audit: int
+    seccomp: int
+    socket: int
+    setsockopt: int
+    pidfd_getfd: int = 438
+
+
+ARCHITECTURES: Final = {
+    "x86_64": Architecture(0xC000003E, 317, 41, 54),
+    "aarch64": Architecture(0xC00000B7, 277, 198, 208),
+}
+
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_SET_MODE_FILTER: Final = 1
+_NEW_LISTENER: Final = 1 << 3
+_WAIT_KILLABLE: Final = 1 << 5
+"""Linux 5.19: a signal that doesn't kill leaves a request alone that the supervisor has taken up."""
+_ADDFD_SEND: Final = 1 << 1
+
+_NOTIF: Final = struct.Struct("=QII iIQ6Q")
+_RESPONSE: Final = struct.Struct("=QqiI")
+_ADDFD: Final = struct.Struct("=QIIII")
+
+
+def _ioctl_number(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | ord("!") << 8 | number
+
+
+_RECEIVE: Final = _ioctl_number(3, 0, _NOTIF.size)
+_SEND: Final = _ioctl_number(3, 1, _RESPONSE.size)
+_ID_VALID: Final = _ioctl_number(1, 2, 8)
+_ADD_DESCRIPTOR: Final = _ioctl_number(1, 3, _ADDFD.size)
+
+_ALLOW: Final = 0x7FFF0000
+_NOTIFY: Final = 0x7FC00000
+
+
+def architecture() -> Architecture:
+    """This machine's row; DaemonError where there is none."""
+    found = ARCHITECTURES.get(platform.machine())
+    if found is None:
+        raise DaemonError(f"'ipsecq exec' knows {' and '.join(ARCHITECTURES)}, not {platform.machine()}")
+    return found
+
+
+def filter_program(arch: Architecture) -> bytes:
+    """The BPF program: ``socket(AF_KEY, …)`` and ``setsockopt`` of the two policy options notify, all else is allowed.
+
+    Three instructions decide for every other system call, seven for sockets of other families.
+    """
+    # struct seccomp_data: nr at 0, arch at 4, arguments of 8 octets from 16 on; the kernel itself takes family, level
+    # and option as 32-bit ints, so their low halves (little endian on both machines) decide.  A jump names the step
+    # to go to; "" is the next one.
+    program: list[tuple[str, str, int, str, str]] = [
+        ("", "load", 4, "", ""),
+        ("", "equal", arch.audit, "", "allow"),
+        ("", "load", 0, "", ""),
+        ("", "equal", arch.socket, "socket", ""),
+        ("", "equal", arch.setsockopt, "setsockopt", "allow"),
+        ("socket", "load", 16, "", ""),
+        ("", "equal", AF_KEY, "notify", "allow"),
+        ("setsockopt", "load", 24, "", ""),
+        ("", "equal", socket.IPPROTO_IP, "four", ""),
+        ("", "equal", socket.IPPROTO_IPV6, "six", "allow"),
+        ("four", "load", 32, "", ""),
+        ("", "equal", IP_IPSEC_POLICY, "notify", "allow"),
+        ("six", "load", 32, "", ""),
+        ("", "equal", IPV6_IPSEC_POLICY, "notify", "allow"),
+        ("allow", "return", _ALLOW, "", ""),
+        ("notify", "return", _NOTIFY, "", ""),
+    ]
+    codes = {"load": 0x20, "equal": 0x15, "return": 0x06}
+    places = {label: at for at, (label, *_) in enumerate(program) if label}
+    return b"".join(
+        struct.pack(
+            "=HBBI", codes[code], places[yes] - at - 1 if yes else 0, places[no] - at - 1 if no else 0, operand
+        )
+        for at, (_, code, operand, yes, no) in enumerate(program)
+    )
+
+
+def install() -> int:
+    """Install the filter in this process, for it and all that it starts; return the listener's descriptor.
+
+    OSError: EBUSY when a listener is there already, EINVAL or ENOSYS when the kernel has no notification, EPERM or
+    EACCES when it is forbidden.  ``no_new_privs`` is set only where the kernel asks for it, that is, not for root.
+    """
+    arch = architecture()
+    libc = ctypes.CDLL(None, use_errno=True)
+    program = filter_program(arch)
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
+
+    def load(flags: int) -> int:
+        listener = int(libc.syscall(arch.seccomp, _SET_MODE_FILTER, flags, header))
+        if listener < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return listener
+
+    def load_best() -> int:
+        try:
+            return load(_NEW_LISTENER | _WAIT_KILLABLE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return load(_NEW_LISTENER)
+
+    try:
+        return load_best()
+    except OSError as error:
+        if error.errno != errno.EACCES:
+            raise
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return load_best()
+
+
+@dataclass(slots=True, frozen=True)
+class Notification:
+    """One system call that waits for an answer; ``thread`` is the caller's thread id in our pid namespace."""
+
+    id: int
+    thread: int
+    call: int
+    arguments: tuple[int, ...]
+
+
+class Listener:
+    """The supervisor's end: takes notifications and answers them."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """Readable when a notification waits, hung up when no process has the filter any more."""
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close: calls that notify fail with ENOSYS from now on."""
+        os.close(self._descriptor)
+
+    def receive(self) -> Notification | None:
+        """The next notification; None when the caller has gone in the meantime."""
+        buffer = bytearray(_NOTIF.size)
+        try:
+            fcntl.ioctl(self._descriptor, _RECEIVE, buffer)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EINTR):
+                return None
+            raise
+        number, thread, _, call, _, _, *arguments = _NOTIF.unpack(buffer)
+        return Notification(number, thread, call, tuple(arguments))
+
+    def is_valid(self, notification: Notification) -> bool:
+        """Does the caller still wait?  If not, its thread id may be another's by now."""
+        try:
+            fcntl.ioctl(self._descriptor, _ID_VALID, struct.pack("=Q", notification.id))
+        except OSError:
+            return False
+        return True
+
+    def answer(self, notification: Notification, number: int = 0, value: int = 0) -> None:
+        """Let the call return ``value``, or fail with errno ``number``."""
+        response = bytearray(_RESPONSE.pack(notification.id, 0 if number else value, -number, 0))
+        try:
+            fcntl.ioctl(self._descriptor, _SEND, response)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EINPROGRESS):
+                raise
+
+    def answer_with_descriptor(self, notification: Notification, descriptor: int, *, close_on_exec: bool) -> None:
+        """Put a duplicate of ``descriptor`` into the caller; its number is what the call returns."""
+        flags = os.O_CLOEXEC if close_on_exec else 0
+        try:
+            # One step (Linux 5.14): the caller cannot be left with a descriptor that no call returned.
+            added = bytearray(_ADDFD.pack(notification.id, _ADDFD_SEND, descriptor, 0, flags))
+            fcntl.ioctl(self._descriptor, _ADD_DESCRIPTOR, added)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            if error.errno != errno.EINVAL:
+                self.answer(notification, error.errno or errno.EMFILE)
+                return
+            added = bytearray(_ADDFD.pack(notification.id, 0, descriptor, 0, flags))
+            self.answer(notification, value=fcntl.ioctl(self._descriptor, _ADD_DESCRIPTOR, added))
+
+
+def read_memory(thread: int, address: int, length: int) -> bytes:
+    """``length`` octets at ``address`` of another process; OSError when it is gone or may not be read."""
+    with open(f"/proc/{thread}/mem", "rb", buffering=0) as memory:
+        memory.seek(address)
+        return memory.read(length)
+
+
+def duplicate_descriptor(thread: int, descriptor: int) -> int:
+    """A duplicate of another process's descriptor, for us to close; OSError when that fails."""
+    with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+        # pidfd_open wants the leader of the thread group, the notification names the thread.
+        leader = next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))
+    pidfd = os.pidfd_open(leader)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        found = int(libc.syscall(architecture().pidfd_getfd, pidfd, descriptor, 0))
+        if found < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        os.set_inheritable(found, False)
+        return found
+    finally:
+        os.close(pidfd)

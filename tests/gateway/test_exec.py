@@ -1,0 +1,427 @@
+"""``ipsecq exec`` with real programs: C, static and dynamic, threads, daemons, and Debian's iked."""
+
+import errno
+import json
+import os
+import queue
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ipsecq.lab.netns import Lab
+from ipsecq.pfkey.memory import MemoryDatabase
+from ipsecq.pfkey.policyext import PolicyExt, Request
+from ipsecq.pfkey.seccomp import ARCHITECTURES, filter_program
+from ipsecq.pfkey.server import PfkeyServer
+from ipsecq.pfkey.socket_server import PfkeySocketServer
+
+PROBE = r"""
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <linux/pfkeyv2.h>
+
+static int open_key(int flags) { return socket(PF_KEY, SOCK_RAW | flags, PF_KEY_V2); }
+
+static void *speak(void *unused) {
+    struct sadb_msg m = { PF_KEY_V2, SADB_REGISTER, 0, SADB_SATYPE_ESP, 2, 0, 7, getpid() }, h;
+    char buffer[65536];
+    int fd = open_key(0);
+    if (fd < 0) { printf("socket: %s\n", strerror(errno)); return NULL; }
+    if (send(fd, &m, sizeof m, 0) != sizeof m) { perror("send"); return NULL; }
+    if (recv(fd, &h, sizeof h, MSG_PEEK) != sizeof h) { perror("peek"); return NULL; }
+    ssize_t n = recv(fd, buffer, sizeof buffer, 0);
+    printf("type %d errno %d whole %d\n", h.sadb_msg_type, h.sadb_msg_errno, n == h.sadb_msg_len * 8 && n > 100);
+    m.sadb_msg_type = SADB_DUMP; m.sadb_msg_satype = 0;
+    send(fd, &m, sizeof m, 0);
+    do n = recv(fd, &h, sizeof h, 0); while (n > 0 && h.sadb_msg_type != SADB_DUMP);
+    printf("dump errno %d\n", h.sadb_msg_errno);
+    fflush(stdout);
+    return NULL;
+}
+
+int main(int argc, char **argv) {
+    const char *how = argv[1];
+    if (!strcmp(how, "speak")) speak(NULL);
+    else if (!strcmp(how, "thread")) { pthread_t t; pthread_create(&t, NULL, speak, NULL); pthread_join(t, NULL); }
+    else if (!strcmp(how, "children")) {
+        for (int i = 0; i < 4; i++) if (!fork()) { speak(NULL); return 0; }
+        while (wait(NULL) > 0);
+    } else if (!strcmp(how, "daemon")) {
+        if (fork()) return 3;
+        setsid(); usleep(400000);
+        freopen(argv[2], "w", stdout);
+        speak(NULL);
+    } else if (!strcmp(how, "flags")) {
+        int a = open_key(0), b = open_key(SOCK_CLOEXEC | SOCK_NONBLOCK);
+        printf("%d %d %d %d\n", fcntl(a, F_GETFD) & FD_CLOEXEC, !!(fcntl(a, F_GETFL) & O_NONBLOCK),
+               fcntl(b, F_GETFD) & FD_CLOEXEC, !!(fcntl(b, F_GETFL) & O_NONBLOCK));
+        printf("%d %d\n", socket(PF_KEY, SOCK_DGRAM, PF_KEY_V2) < 0 ? errno : 0,
+               socket(PF_KEY, SOCK_RAW, 1) < 0 ? errno : 0);
+    } else if (!strcmp(how, "option")) {
+        unsigned char value[64]; unsigned n = 0, x;
+        while (n < sizeof value && sscanf(argv[2] + 2 * n, "%2x", &x) == 1) value[n++] = x;
+        int fd = socket(AF_INET, SOCK_DGRAM, 0), six = socket(AF_INET6, SOCK_DGRAM, 0), on = 1;
+        struct sockaddr_in at = { .sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK) };
+        bind(fd, (void *)&at, sizeof at);
+        printf("%d ", setsockopt(fd, IPPROTO_IP, 16, value, n) ? errno : 0);
+        printf("%d ", setsockopt(six, IPPROTO_IPV6, 34, value, n) ? errno : 0);
+        printf("%d ", setsockopt(fd, IPPROTO_IP, 16, (void *)8, n) ? errno : 0);
+        printf("%d ", setsockopt(99, IPPROTO_IP, 16, value, n) ? errno : 0);
+        printf("%d ", setsockopt(0, IPPROTO_IP, 16, value, n) ? errno : 0);
+        printf("%d ", setsockopt(fd, IPPROTO_IP, 16, value, 100000) ? errno : 0);
+        printf("%d\n", setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ? errno : 0);
+    } else if (!strcmp(how, "exit")) return atoi(argv[2]);
+    else if (!strcmp(how, "die")) raise(atoi(argv[2]));
+    else if (!strcmp(how, "catch")) {
+        sigset_t set; int got;
+        sigemptyset(&set); sigaddset(&set, SIGTERM); sigaddset(&set, SIGHUP); sigaddset(&set, SIGUSR1);
+        sigprocmask(SIG_BLOCK, &set, NULL);
+        printf("ready\n"); fflush(stdout);
+        for (int i = 0; i < 2; i++) { sigwait(&set, &got); printf("%d\n", got); fflush(stdout); }
+        return 5;
+    } else if (!strcmp(how, "calls")) {
+        for (int i = 0; i < 200000; i++) { int fd = socket(AF_UNIX, SOCK_DGRAM, 0); close(fd); }
+    }
+    fflush(stdout);
+    return 0;
+}
+"""
+
+RUN = """
+import json, sys
+from pathlib import Path
+from ipsecq.errors import IpsecqError
+from ipsecq.pfkey.exec import run
+log = sys.argv[2]
+def hook(sock, level, option, value):
+    try: name = sock.getsockname()
+    except OSError as error: return error.errno
+    with open(log, "a") as out:
+        print(json.dumps([level, option, value.hex(), sock.family, list(name[:2])]), file=out)
+    return 0 if level == 0 else 1
+try:
+    run(sys.argv[3:], Path(sys.argv[1]), None if log == "-" else hook)
+except IpsecqError as error:
+    print(error, file=sys.stderr)
+    sys.exit(100)
+"""
+
+
+def command(path, *argv, log="-"):
+    return [sys.executable, "-c", RUN, str(path), str(log), *map(str, argv)]
+
+
+def run(path, *argv, log="-", **more):
+    words = command(path, *argv, log=log)
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, **more)
+
+
+@pytest.fixture(scope="module", params=["dynamic", "static"])
+def probe(request, tmp_path_factory):
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    folder = tmp_path_factory.mktemp("probe")
+    (folder / "probe.c").write_text(PROBE)
+    extra = ["-static"] if request.param == "static" else []
+    subprocess.run(["gcc", "-w", "-pthread", *extra, "-o", folder / "probe", folder / "probe.c"], check=True)
+    return folder / "probe"
+
+
+class Server:
+    """A PF_KEY server over real databases in a thread."""
+
+    def __init__(self, path):
+        self.path, self.database, self.jobs = path, MemoryDatabase(), queue.SimpleQueue()
+        self.server = PfkeyServer(self.database, time.time, lambda n: int.from_bytes(os.urandom(8), "big") % n)
+        self.sockets = PfkeySocketServer(self.server)
+        self.sockets.listen(path)
+        self.wake_read, self.wake_write = os.pipe()
+        self.thread = threading.Thread(target=self._loop)
+        self.thread.start()
+
+    def _loop(self):
+        poll = select.poll()
+        poll.register(self.sockets.fileno(), select.POLLIN)
+        poll.register(self.wake_read, select.POLLIN)
+        while self.wake_read not in [fd for fd, _ in poll.poll(1000)]:
+            self.sockets.on_readable()
+            self.sockets.on_tick()
+
+    def close(self):
+        os.write(self.wake_write, b"x")
+        self.thread.join()
+        self.sockets.close()
+        os.close(self.wake_read)
+        os.close(self.wake_write)
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = Server(tmp_path / "pfkey.sock")
+    yield made
+    made.close()
+
+
+GOOD = "type 7 errno 0 whole 1\ndump errno 2\n"
+
+
+def test_a_program_speaks_pf_key_to_the_daemon(server, probe):
+    done = run(server.path, probe, "speak")
+    assert (done.returncode, done.stdout, done.stderr) == (0, GOOD, "")
+
+
+def test_a_thread_and_child_processes_get_sockets_of_their_own(server, probe):
+    assert run(server.path, probe, "thread").stdout == GOOD
+    assert sorted(run(server.path, probe, "children").stdout.splitlines()) == sorted(GOOD.splitlines() * 4)
+
+
+def test_a_shell_between_us_and_the_program_changes_nothing(server, probe):
+    assert run(server.path, "sh", "-c", f"{probe} speak; {probe} speak").stdout == GOOD * 2
+
+
+def test_flags_of_the_socket_are_what_was_asked_for_and_wrong_types_get_the_kernel_s_errno(server, probe):
+    lines = run(server.path, probe, "flags").stdout.splitlines()
+    assert lines == ["0 0 1 1", f"{errno.ESOCKTNOSUPPORT} {errno.EPROTONOSUPPORT}"]
+
+
+def test_a_program_that_goes_to_the_background_is_served_there_and_its_status_comes_at_once(server, probe, tmp_path):
+    out = tmp_path / "out"
+    started = time.monotonic()
+    assert run(server.path, probe, "daemon", out).returncode == 3
+    assert time.monotonic() - started < 5
+    deadline = time.monotonic() + 10
+    while (not out.exists() or out.read_text() != GOOD) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert out.read_text() == GOOD
+    while supervisors(server.path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert supervisors(server.path) == []
+
+
+def supervisors(path):
+    """Processes with our RUN and this path on their command line: the foreground and background supervisors."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(path).encode() in words and b"-c" in words:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("status", [0, 1, 77, 255])
+def test_the_exit_status_is_the_program_s(server, probe, status):
+    assert run(server.path, probe, "exit", status).returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV, signal.SIGINT, signal.SIGPIPE])
+def test_a_fatal_signal_of_the_program_is_ours_too(server, probe, number):
+    assert run(server.path, probe, "die", int(number)).returncode == -number
+
+
+def test_signals_that_are_sent_to_the_supervisor_reach_the_program(server, probe):
+    with subprocess.Popen(command(server.path, probe, "catch"), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            process.send_signal(number)
+            assert process.stdout.readline() == f"{int(number)}\n"
+        assert process.wait(10) == 5
+
+
+def test_what_the_terminal_sends_reaches_the_program_once(server, probe):
+    """A pseudo-terminal whose foreground group holds supervisor and program; its hang-up comes from the kernel."""
+    import pty
+
+    pid, terminal = pty.fork()
+    if not pid:
+        words = command(server.path, "sh", "-c", 'trap "echo got" INT; echo ready; read x; read y; echo end')
+        os.execv(words[0], words)
+    output = b""
+    while b"ready" not in output:
+        output += os.read(terminal, 1024)
+    os.write(terminal, b"\x03")
+    time.sleep(0.3)
+    os.write(terminal, b"\n\n\n")
+    while b"end" not in output:
+        output += os.read(terminal, 1024)
+    os.waitpid(pid, 0)
+    os.close(terminal)
+    assert output.count(b"got") == 1
+
+
+def test_a_program_that_is_not_there_is_127_and_one_that_cannot_run_126(server, tmp_path):
+    missing = run(server.path, tmp_path / "nothing")
+    assert (missing.returncode, "No such file" in missing.stderr) == (127, True)
+    (tmp_path / "plain").write_text("text")
+    assert run(server.path, tmp_path / "plain").returncode == 126
+
+
+def test_without_a_daemon_the_program_is_told_that_there_is_no_pf_key_and_the_operator_why(tmp_path, probe):
+    done = run(tmp_path / "none.sock", probe, "speak")
+    assert done.stdout == f"socket: {os.strerror(errno.EAFNOSUPPORT)}\n"
+    assert "run 'ipsecq run' first" in done.stderr
+
+
+def test_a_second_supervisor_says_who_has_the_listener(server, probe):
+    done = run(server.path, *command(server.path, probe, "speak"))
+    assert done.returncode == 100
+    assert "another supervisor" in done.stderr
+
+
+def test_a_filter_that_forbids_seccomp_is_named_in_the_error(server, probe, tmp_path):
+    """As in a container whose profile has no seccomp: the system call itself fails with EPERM."""
+    forbid = f"""
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+code = struct.pack("=HBBI", 0x20, 0, 0, 0)
+code += struct.pack("=HBBI", 0x15, 0, 1, {ARCHITECTURES[os.uname().machine].seccomp})
+code += struct.pack("=HBBI", 6, 0, 0, 0x00050001) + struct.pack("=HBBI", 6, 0, 0, 0x7fff0000)
+buffer = ctypes.create_string_buffer(code, len(code))
+header = ctypes.create_string_buffer(struct.pack("@HP", 4, ctypes.addressof(buffer)))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, header) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    done = subprocess.run([sys.executable, "-c", forbid, *command(server.path, probe, "speak")],
+                          capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+    assert done.returncode == 100
+    assert "forbids seccomp" in done.stderr
+
+
+def test_socket_policies_reach_the_hook_with_the_program_s_own_socket(server, probe, tmp_path):
+    log = tmp_path / "hook"
+    value = PolicyExt(2, 2, requests=[Request(50, 1, 2)]).to_option()
+    done = run(server.path, probe, "option", value.hex(), log=log, stdin=subprocess.DEVNULL)
+    assert done.stdout.split() == [
+        "0", str(errno.EPERM), str(errno.EFAULT), str(errno.EBADF), str(errno.ENOTSOCK), str(errno.EINVAL), "0"
+    ]  # fmt: skip
+    four, six = (json.loads(line) for line in log.read_text().splitlines())
+    assert four[:4] == [0, 16, value.hex(), socket.AF_INET]
+    assert four[4][0] == "127.0.0.1"
+    assert six[:4] == [41, 34, value.hex(), socket.AF_INET6]
+    assert PolicyExt.from_option(bytes.fromhex(four[2])).requests == [Request(50, 1, 2)]
+
+
+def test_without_a_hook_a_socket_policy_is_enoprotoopt(server, probe):
+    assert run(server.path, probe, "option", "00" * 16).stdout.split()[:2] == [str(errno.ENOPROTOOPT)] * 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_user_without_privileges_is_served_with_no_new_privs(probe, tmp_path):
+    for parent in (*Path(probe).parents[:3], *tmp_path.parents[:3], tmp_path):
+        if str(parent).startswith("/tmp/"):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    made = Server(tmp_path / "pfkey.sock")
+    try:
+        # The file lets this user in, the credentials don't: its socket is closed at once, but it has one.
+        os.chown(made.path, 65534, -1)
+        user = ["setpriv", "--reuid", "65534", "--clear-groups", "--regid", "65534"]
+        words = [*user, *command(made.path, "sh", "-c", f"grep NoNewPrivs /proc/self/status; {probe} flags")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False, cwd="/",
+                              env={**os.environ, "PYTHONPATH": os.getcwd()})  # fmt: skip
+        assert done.stdout.splitlines()[:2] == ["NoNewPrivs:\t1", "0 0 1 1"], done.stderr
+    finally:
+        made.close()
+    made = Server(tmp_path / "root.sock")
+    try:
+        assert run(made.path, "grep", "NoNewPrivs", "/proc/self/status").stdout.split()[1] == "0"
+    finally:
+        made.close()
+
+
+@pytest.mark.slow
+def test_other_system_calls_cost_next_to_nothing(server, probe):
+    """200,000 socket() and close() of another family: the filter is a few instructions, no round trip to us."""
+
+    def seconds(words):
+        started = time.monotonic()
+        subprocess.run(words, check=True)
+        return time.monotonic() - started
+
+    base = min(seconds(command(server.path, probe, "exit", "0")) for _ in range(3))
+    alone = min(seconds([probe, "calls"]) for _ in range(3))
+    served = min(seconds(command(server.path, probe, "calls")) for _ in range(3)) - base
+    assert served < 2 * alone + 0.2
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_the_filter_notifies_for_what_ipsecq_serves_and_allows_all_else(machine):
+    """The program, run by an interpreter of the BPF that seccomp allows."""
+    arch = ARCHITECTURES[machine]
+    octets = filter_program(arch)
+    program = [struct.unpack_from("=HBBI", octets, at) for at in range(0, len(octets), 8)]
+
+    def verdict(call, *arguments, audit=arch.audit):
+        data = struct.pack("=iIQ6Q", call, audit, 0, *(*arguments, 0, 0, 0, 0, 0, 0)[:6])
+        at, accumulator = 0, 0
+        while True:
+            code, yes, no, operand = program[at]
+            if code == 0x20:
+                accumulator = struct.unpack_from("=I", data, operand)[0]
+            elif code == 0x15:
+                at += yes if accumulator == operand else no
+            else:
+                return {0x7FFF0000: "allow", 0x7FC00000: "notify"}[operand]
+            at += 1
+
+    assert verdict(arch.socket, 15, 3, 2) == "notify"
+    assert verdict(arch.setsockopt, 3, 0, 16) == "notify"
+    assert verdict(arch.setsockopt, 3, 41, 34) == "notify"
+    assert verdict(arch.socket, 15, 3, 2, audit=0x40000003) == "allow"
+    for family in (1, 2, 10, 16, 17):
+        assert verdict(arch.socket, family, 3, 2) == "allow"
+    for level, option in ((0, 34), (41, 16), (1, 16), (1, 34), (0, 17), (6, 16)):
+        assert verdict(arch.setsockopt, 3, level, option) == "allow"
+    for call in {*range(500)} - {arch.socket, arch.setsockopt}:
+        assert verdict(call, 15, 0, 16) == "allow"
+
+
+IKED = """
+ikev2 "test" passive esp from 10.1.0.0/24 to 10.2.0.0/24 local 192.0.2.1 peer 192.0.2.2 psk "mekmitasdigoat"
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not shutil.which("iked"), reason="needs Debian's openiked")
+def test_debian_s_iked_runs_unmodified_and_puts_its_policies_into_the_spd(server, tmp_path):
+    configuration = tmp_path / "iked.conf"
+    configuration.write_text(IKED)
+    configuration.chmod(0o600)
+    with Lab() as lab:
+        host = lab.namespace("ike")
+        host.run("ip", "link", "set", "lo", "up")
+        host.run("ip", "address", "add", "192.0.2.1/24", "dev", "lo")
+        log = tmp_path / "iked.log"
+        process = host.popen(*command(server.path, "iked", "-dvv", "-f", str(configuration)), log=log)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and process.poll() is None:
+            if any(client.registered for client in server.server.hub.clients.values()):
+                break
+            time.sleep(0.1)
+        registered = [client.registered for client in server.server.hub.clients.values()]
+        time.sleep(0.5)
+        assert process.poll() is None, log.read_text()
+        assert registered, log.read_text()
+        assert any(each >> 3 & 1 for each in registered)
+        process.terminate()
+        process.wait(10)
