@@ -339,8 +339,7 @@ class Reassembler:
             length = len(first) + partial.end
             if partial.ecn & _ECN_CE:
                 first[1] |= _CE
-            first[6] &= 0x40  # DF stays, MF and offset go
-            first[7] = 0
+            first[6] &= 0x40  # DF stays, MF goes; the first fragment's offset is zero
             if length <= MAX_LENGTH:
                 _U16.pack_into(first, 2, length)
                 ipv4.fix_checksum(first)

@@ -156,6 +156,11 @@ def test_what_lies_between_two_segments_of_a_flow_stays_between_them():
     assert shapes(packets) == [1, 1, 1]
 
 
+def test_fragments_are_left_alone_even_beside_their_like():
+    assert shapes([segment(1, ip={"flags": "MF"}), segment(101, ip={"flags": "MF"})]) == [1, 1]
+    assert shapes([segment(1, ip={"frag": 5}), segment(101, ip={"frag": 5})]) == [1, 1]
+
+
 def test_small_segments_are_left_alone():
     assert shapes([segment(1, 10), segment(11, 10)]) == [1, 1]
 
