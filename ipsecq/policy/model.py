@@ -58,7 +58,7 @@ class Policy:
     action: Action
     transforms: tuple[Transform, ...] = ()
     priority: int = 0
-    """Lower wins; among equals the first that was added.  0 is the default that ``prio high`` and ``low`` count from."""
+    """Lower wins; among equals the first that was added.  0 is the default: ``prio high`` is below, ``low`` above."""
     id: int = 0
     """Unique for the life of the daemon; the SPD assigns it (``spid`` of spddump)."""
     created: float = 0.0
