@@ -21,6 +21,7 @@ from typing import Final
 from ipsecq.datapath.rtnetlink import add_host_address
 from ipsecq.errors import DaemonError
 from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.coalesce import coalesce
 
 TUNSETIFF: Final = 0x400454CA
 TUNSETPERSIST: Final = 0x400454CB
@@ -153,19 +154,29 @@ class Enc0:
     ``fd`` is readable when somebody has routed packets into the device; :meth:`discard` throws them away.
     """
 
-    def __init__(self, name: str = "enc0", *, vnet_hdr: bool = True) -> None:
+    def __init__(self, name: str = "enc0", *, vnet_hdr: bool = True, coalescing: bool = True) -> None:
         """Attach to the device that :func:`create` made; DaemonError when that fails.
 
         ``vnet_hdr`` belongs to the device, not to the queue: attaching with another value changes it for everybody,
-        so all workers and :func:`create` use the same.
+        so all workers and :func:`create` use the same.  ``coalescing`` (with ``vnet_hdr`` only) lets :meth:`write`
+        put TCP segments together.
         """
+        self._coalescing = coalescing and vnet_hdr
+        self.coalesced = 0
+        """Packets that entered as a part of another."""
         self.name, self.vnet_hdr = name, vnet_hdr
         self.errors: dict[int, int] = {}
         self.discarded = 0
         self.fd = _open(name, vnet_hdr)
 
     def write(self, packets: Sequence[Buffer]) -> int:
-        """Give whole packets to the kernel, one by one; returns how many it took, failures are counted by errno."""
+        """Give whole packets to the kernel; returns how many it took, failures are counted by errno.
+
+        TCP segments that follow one another enter as one packet, where nothing is lost by it
+        (:func:`ipsecq.packet.coalesce.coalesce`).
+        """
+        if len(packets) > 1 and self._coalescing:
+            return self._write_runs(packets)
         fd, taken = self.fd, 0
         if self.vnet_hdr:
             writev, plain = os.writev, _PLAIN
@@ -184,6 +195,22 @@ class Enc0:
             except OSError as error:
                 self._count(error)
         return taken
+
+    def _write_runs(self, packets: Sequence[Buffer]) -> int:
+        runs = coalesce(packets)
+        self.coalesced += len(packets) - len(runs)
+        lost = 0
+        for parts, size, header, offset, version in runs:
+            if size:
+                if not self.write_coalesced(parts, version=version, offset=offset, header=header, size=size):
+                    lost += -(-(sum(map(len, parts)) - header) // size)
+                continue
+            try:
+                os.writev(self.fd, (_PLAIN, parts[0]))
+            except OSError as error:
+                self._count(error)
+                lost += 1
+        return len(packets) - lost
 
     def write_coalesced(self, parts: Sequence[Buffer], *, version: int, offset: int, header: int, size: int) -> bool:
         """Give a TCP super-packet to the kernel, which splits it only where it leaves by a device that cannot.

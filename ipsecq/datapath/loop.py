@@ -72,16 +72,16 @@ class WorkerLoop:
         on_events: Callable[[list[Event]], None] | None = None,
         holder: Holder | None = None,
         segmenter: Callable[[memoryview], list[bytes]] | None = None,
-        plain_queue: int = -1,
+        plain_queue: Queue | None = None,
     ) -> None:
         """Join the parts.
 
         ``mark_stolen`` marks originals that egress has to drop.  ``on_control()`` is called when ``control_fd`` is
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
         ``segmenter(packet) -> packets`` cuts a super-packet into whole packets, or says ``[]`` when only the kernel
-        can: then it goes to ``plain_queue``, a queue without GSO that somebody serves, or is dropped (-1).
+        can: then it goes through ``plain_queue``, a queue without GSO that is served here too, or is dropped (None).
         """
-        self._queue, self._output, self._enc0 = queue, output, enc0
+        self._output, self._enc0 = output, enc0
         self._engine_out, self._engine_in = engine_out, engine_in
         self._counters = counters
         self._mark_stolen = mark_stolen
@@ -94,8 +94,10 @@ class WorkerLoop:
         self._stopping = False
         self._identification = 0
         self._next_tick = 0.0
-        self._kernel_losses = queue.stats().user_dropped
-        self._overruns = queue.overruns
+        self._queues = [queue] if plain_queue is None else [queue, plain_queue]
+        self._active = queue
+        """The queue whose batch is in hand."""
+        self._losses = self._lost()
         self._next_log = 0.0
 
     # -- life ------------------------------------------------------------------------------------------------
@@ -107,7 +109,9 @@ class WorkerLoop:
     def run(self) -> None:
         """Serve until :meth:`stop`."""
         with select.epoll() as poll:
-            poll.register(self._queue.fd, select.EPOLLIN)
+            queues = {queue.fd: queue for queue in self._queues}
+            for descriptor in queues:
+                poll.register(descriptor, select.EPOLLIN)
             if self._control_fd >= 0:
                 poll.register(self._control_fd, select.EPOLLIN)
             if self._enc0 is not None:
@@ -117,8 +121,9 @@ class WorkerLoop:
                 ready = poll.poll(TICK)
                 counters[Counter.HEARTBEAT] += 1
                 for descriptor, _ in ready:
-                    if descriptor == self._queue.fd:
-                        self.step()
+                    queue = queues.get(descriptor)
+                    if queue is not None:
+                        self.step(queue)
                     elif descriptor == self._control_fd:
                         if self._on_control is not None:
                             self._on_control()
@@ -132,19 +137,22 @@ class WorkerLoop:
     def tick(self) -> None:
         """What is due a few times a second: losses in the kernel, packets that waited too long."""
         counters = self._counters
-        lost = self._queue.stats().user_dropped
-        overruns = self._queue.overruns
-        counters[Counter.ENOBUFS] += max(lost - self._kernel_losses, 0) + overruns - self._overruns
-        self._kernel_losses, self._overruns = lost, overruns
+        lost = self._lost()
+        counters[Counter.ENOBUFS] += max(lost - self._losses, 0)
+        self._losses = lost
         if self._holder.waiting:
             counters[Counter.OUT_NOSA] += self._holder.expire(self._clock())
 
+    def _lost(self) -> int:
+        """Packets that socket buffers had no room for, and reads that told of such."""
+        return sum(queue.stats().user_dropped + queue.overruns for queue in self._queues)
+
     # -- a batch ---------------------------------------------------------------------------------------------
 
-    def step(self) -> int:
+    def step(self, queue: Queue) -> int:
         """Read one batch and finish it; returns the number of packets."""
         start = time.perf_counter_ns()
-        queue = self._queue
+        self._active = queue
         packets = queue.read()
         count = len(packets)
         if not count:
@@ -188,13 +196,13 @@ class WorkerLoop:
     def _outbound_rest(self, fate: int, cookie: int, mark: int, packet: Buffer, now: float) -> None:
         """The verdict for an outbound packet that was not simply replaced."""
         if fate >= FIRST_DROP:
-            self._queue.add_verdict(cookie, NF_DROP)
+            self._active.add_verdict(cookie, NF_DROP)
         elif fate == Fate.PASS:
-            self._queue.add_verdict(cookie, NF_ACCEPT)
+            self._active.add_verdict(cookie, NF_ACCEPT)
         else:
             if fate == Fate.HOLD:
                 self._hold(packet, now)
-            self._queue.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+            self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
 
     def _hold(self, packet: Buffer, now: float) -> None:
         """Keep a copy until the SA is there.  The original goes the way of what is replaced: the flow is confirmed."""
@@ -215,7 +223,7 @@ class WorkerLoop:
         emit = self._emit
         if hook < _FORWARD:
             fates = [self._engine_in.process(piece, now, emit) for piece in pieces]
-            self._queue.add_verdict(cookie, NF_DROP if any(fates) else NF_ACCEPT)
+            self._active.add_verdict(cookie, NF_DROP if any(fates) else NF_ACCEPT)
             return
         fates = []
         for piece in pieces:
@@ -225,24 +233,24 @@ class WorkerLoop:
             fates.append(fate)
         # Segments of one flow have one fate, but an SA can expire between two: what has left must not leave twice.
         if all(fate == Fate.PASS for fate in fates):
-            self._queue.add_verdict(cookie, NF_ACCEPT)
+            self._active.add_verdict(cookie, NF_ACCEPT)
         elif all(fate >= FIRST_DROP for fate in fates):
-            self._queue.add_verdict(cookie, NF_DROP)
+            self._active.add_verdict(cookie, NF_DROP)
         else:
-            self._queue.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+            self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
 
     def _cannot_segment(self, cookie: int) -> None:
-        if self._plain_queue >= 0:
-            self._queue.add_requeue(cookie, self._plain_queue)
+        if self._plain_queue is not None:
+            self._active.add_requeue(cookie, self._plain_queue.number)
         else:
             self._counters[Counter.OVERLOAD] += 1
-            self._queue.add_verdict(cookie, NF_DROP)
+            self._active.add_verdict(cookie, NF_DROP)
 
     def _refuse(self, cookie: int, hook: int, now: float) -> None:
         """Drop the packet that made the engine raise: a bug of ours must not stop the gateway, nor let it pass."""
         counter = Counter.OUT_INVAL if hook >= _FORWARD else Counter.IN_INVAL
         self._counters[counter] += 1
-        self._queue.add_verdict(cookie, NF_DROP)
+        self._active.add_verdict(cookie, NF_DROP)
         if now >= self._next_log:
             self._next_log = now + LOG_INTERVAL
             log.exception("a packet at hook %d made the engine fail; it was dropped (%s)", hook, counter.name)
@@ -260,7 +268,11 @@ class WorkerLoop:
                     sent += self._send_fragments(self._output.too_big)
                 counters[Counter.SEND_FAILED] += len(wire) - sent
         if emit.inner:
-            taken = self._enc0.write(emit.inner) if self._enc0 is not None else 0
+            taken = 0
+            if self._enc0 is not None:
+                before = self._enc0.coalesced
+                taken = self._enc0.write(emit.inner)
+                counters[Counter.COALESCED] += self._enc0.coalesced - before
             counters[Counter.INJECT_FAILED] += len(emit.inner) - taken
         if emit.events:
             for event in emit.events:

@@ -31,6 +31,7 @@ from ipsecq.lab import topology, traffic
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.packet import ipv4, ipv6
 from ipsecq.packet.checksum import complete, ones_complement, verify_transport
+from ipsecq.packet.segments import split
 
 pytestmark = pytest.mark.root
 
@@ -253,6 +254,40 @@ def test_tcp_super_packets_come_whole_with_gso_and_as_finished_segments_without(
         assert infos == {0}
 
 
+def test_a_requeued_super_packet_comes_back_from_the_plain_queue_in_segments(pair):
+    near, far = pair
+    divert(near, "POSTROUTING", "-p", "tcp", "--dport", "5001")
+    whole, cut = [], []
+    stop = threading.Event()
+    with near.call(lambda: Queue(QUEUE, gso=True)) as queue, near.call(lambda: Queue(QUEUE + 1)) as plain:
+
+        def serve():
+            while not stop.is_set():
+                select.select([queue.fd, plain.fd], [], [], 0.05)
+                for cookie, _, _, info, packet in queue.read():
+                    if info & NFQA_SKB_GSO:
+                        whole.append(len(packet))
+                        queue.add_requeue(cookie, QUEUE + 1)
+                    else:
+                        queue.add_verdict(cookie, NF_ACCEPT)
+                queue.flush()
+                for cookie, _, _, info, packet in plain.read():
+                    cut.append((len(packet), info & NFQA_SKB_GSO, verify_transport(bytes(packet))))
+                    plain.add_verdict(cookie, NF_ACCEPT)
+                plain.flush()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            assert traffic.tcp(near, far, "10.9.0.2", 4 << 20, timeout=10).digest_matches
+        finally:
+            stop.set()
+            thread.join()
+    assert max(whole) > 1500
+    assert {entry[1:] for entry in cut} == {(0, True)}
+    assert max(entry[0] for entry in cut) <= 1500
+
+
 # -- output --------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +502,27 @@ def test_coalesced_tcp_enters_as_one_packet_and_leaves_as_valid_segments(pair):
     assert [s[33] for s in segments] == [0x10] * 5 + [0x18]
 
 
+def test_written_tcp_segments_enter_together_and_other_packets_stay_alone(pair):
+    near, _ = pair
+    near.call(enc.create)
+    tap = near.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+    tap.bind(("enc0", 0x0800))
+    tap.settimeout(0.3)
+    segments = []
+    for n in range(4):
+        tcp = struct.pack(">HHIIBBHHH", 1234, 5001, 1000 + n * 500, 1, 0x50, 0x10, 512, 0, 0) + os.urandom(500)
+        segments.append(complete(ipv4.header(inet("10.77.0.5"), inet("10.9.0.1"), 6, 520, df=True) + tcp))
+    lone = udp4("10.77.0.5", "10.9.0.1", b"alone")
+    with near.call(enc.Enc0) as device:
+        assert device.write([*segments, lone]) == 5
+        assert device.coalesced == 3
+        assert sorted(map(len, received(tap))) == [33, 2040]
+    with near.call(lambda: enc.Enc0(coalescing=False)) as device:
+        assert device.write(segments) == 4
+        assert device.coalesced == 0
+        assert received(tap) == segments
+
+
 # -- loop ----------------------------------------------------------------------------------------------------
 
 
@@ -517,7 +573,7 @@ class Gateway:
         self.counters = memoryview(bytearray(8 * COUNTERS_WORDS)).cast("Q")
         self.wake, self.control = socket.socketpair()
         self.jobs, self.events = [], []
-        gso = options.pop("gso", False)
+        gso, plain = options.pop("gso", False), options.pop("plain", False)
         space.nft(f"""
             table netdev ipsecq {{
                 chain wan {{
@@ -529,7 +585,10 @@ class Gateway:
 
         def body():
             enc.create()
-            with Queue(QUEUE, gso=gso) as queue, enc.Enc0() as device:
+            with contextlib.ExitStack() as stack:
+                queue = stack.enter_context(Queue(QUEUE, gso=gso))
+                device = stack.enter_context(enc.Enc0())
+                options["plain_queue"] = stack.enter_context(Queue(QUEUE + 1)) if plain else None
                 output = RawOutput(DONE)
                 self.queue, self.output, self.device = queue, output, device
                 self.loop = WorkerLoop(
@@ -609,6 +668,8 @@ def test_tcp_and_ping_of_both_families_cross_two_loops_and_a_stateful_firewall(t
         assert packets > 2000
         assert 0 < counters[Counter.BATCHES] <= packets
         assert counters[Counter.BUSY_NS] > 0
+    assert two.counters[Counter.COALESCED] > 0
+    assert two.device.errors == {}
 
 
 def test_originals_never_leave_in_clear(tunnel):
@@ -761,3 +822,23 @@ def test_super_packets_go_through_the_segmenter_and_what_it_cannot_cut_is_droppe
     assert calls
     assert max(calls) > 1400
     assert one.counters[Counter.OVERLOAD] == one.counters[Counter.SUPER_PACKETS] == len(calls)
+
+
+def test_super_packets_that_the_segmenter_leaves_alone_come_back_in_segments(network):
+    a, b = network.one, network.two
+    one = Gateway(a, Wrap(a.wan4, b.wan4), gso=True, plain=True)
+    Gateway(b, Wrap(b.wan4, a.wan4))
+    for site in (a, b):
+        site.host.link_mtu("eth0", 1400)
+    assert traffic.tcp(a.host, b.host, b.host4, 2 << 20, timeout=10).digest_matches
+    assert one.counters[Counter.SUPER_PACKETS] > 0
+    assert one.counters[Counter.OVERLOAD] == one.counters[Counter.SEND_FAILED] == 0
+
+
+def test_super_packets_cross_in_the_segments_that_the_segmenter_makes(network):
+    a, b = network.one, network.two
+    one = Gateway(a, Wrap(a.wan4, b.wan4), gso=True, segmenter=lambda packet: split(packet, 1300))
+    Gateway(b, Wrap(b.wan4, a.wan4))
+    assert traffic.tcp(a.host, b.host, b.host4, 8 << 20, timeout=10).digest_matches
+    assert one.counters[Counter.SUPER_PACKETS] > 0
+    assert one.counters[Counter.OVERLOAD] == one.counters[Counter.SEND_FAILED] == 0
