@@ -14,8 +14,10 @@ import json
 import pickle
 import socket
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
+from ipsecq.daemon.config import LogConfig
 from ipsecq.errors import DaemonError
 
 Operation = tuple[Any, ...]
@@ -26,6 +28,18 @@ MAX_LINE: Final = 8192
 BATCH: Final = 1000
 """Operations in one frame at most: a worker goes back to its packets after each."""
 _LENGTH: Final = 4
+
+
+@dataclass(slots=True, frozen=True)
+class WorkerSetup:
+    """What a worker needs to know once: the first operation of its first frame."""
+
+    queue: int
+    mark_done: int
+    mark_stolen: int
+    enc_device: str
+    log: LogConfig
+    journal: bool
 
 
 def encode(generation: int, operations: Sequence[Operation]) -> bytes:

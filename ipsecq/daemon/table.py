@@ -106,7 +106,7 @@ class SharedTable:
         """The slot of the SA with this fingerprint: the one it had, or a zeroed one.  Raises DaemonError when full.
 
         When the window's size changed, counters and the highest sequence number go with the SA and every number up
-        to it counts as received: a smaller memory must not forget a packet.
+        to it counts as received: a smaller memory must not forget a packet.  No worker may know the old slot then.
         """
         need = slot_words(replay_window)
         slot = self._by_fingerprint.get(digest)
@@ -114,6 +114,9 @@ class SharedTable:
             self._retired.pop(slot, None)
             self.words[slot + _B_STATE] = _USED
             return slot
+        if slot is not None:
+            # Its block must not be taken to make room for itself.
+            self._retired.pop(slot, None)
         fresh = self._take(_rounded(need) + BLOCK_HEADER)
         words = self.words
         words[fresh : fresh + _rounded(need)] = memoryview(bytes(8 * _rounded(need))).cast("Q")
@@ -133,8 +136,14 @@ class SharedTable:
         return fresh
 
     def retire(self, slot: int) -> None:
-        """Give a deleted SA's slot back.  Call it only when every worker has acknowledged the deletion."""
-        self.words[slot + _B_STATE] = _RETIRED
+        """Give a deleted SA's slot back.  Call it only when every worker has acknowledged the deletion.
+
+        Should the SA come back, it starts with its lifetime's counts at zero, but with its window and its numbers.
+        """
+        words = self.words
+        for word in range(slot + Slot.PACKETS, slot + Slot.STATE + 1):
+            words[word] = 0
+        words[slot + _B_STATE] = _RETIRED
         self._retired[slot] = None
         while len(self._retired) > RETIRED_LIMIT:
             self._forget(next(iter(self._retired)))

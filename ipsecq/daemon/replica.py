@@ -1,0 +1,91 @@
+"""A worker's copy of the SAD, the SPD and the knobs, kept by the operations that the supervisor sends.
+
+Operations, by name (first item of the tuple) and arguments:
+
+    sa_put SA                  add it, or put it in the place of the SA with the same destination, protocol and SPI
+    sa_delete DST PROTOCOL SPI
+    sa_state DST PROTOCOL SPI STATE
+    spd_replace [POLICY, …]    the whole SPD at once, ids kept
+    sysctl NAME VALUE
+    path_mtu DST MTU           learned by another worker
+    routes_changed
+    stop
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ipsecq.daemon.messages import Operation
+from ipsecq.errors import DaemonError, SadError
+from ipsecq.numbers import SaState
+from ipsecq.policy.model import Policy
+from ipsecq.policy.spd import Spd
+from ipsecq.sa.association import SaKey, SecurityAssociation
+from ipsecq.sa.sad import Sad
+from ipsecq.sysctl import Sysctl
+
+
+class Replica:
+    """Tables and what to do with each operation.  Hooks are the datapath's, once it is there."""
+
+    def __init__(self) -> None:
+        self.sad = Sad()
+        self.spd = Spd()
+        self.sysctl = Sysctl()
+        self.on_path_mtu: Callable[[bytes, int], Any] = lambda dst, mtu: None
+        self.on_routes_changed: Callable[[], Any] = lambda: None
+        self.stopping = False
+        self._operations: dict[str, Callable[..., None]] = {
+            "sa_put": self._sa_put,
+            "sa_delete": self._sa_delete,
+            "sa_state": self._sa_state,
+            "spd_replace": self._spd_replace,
+            "sysctl": self._sysctl,
+            "path_mtu": self._path_mtu,
+            "routes_changed": self._routes_changed,
+            "stop": self._stop,
+        }
+
+    def apply(self, operations: Iterable[Operation]) -> bool:
+        """Carry them out in order; whether packets that wait for an SA may now find one."""
+        useful = False
+        for name, *arguments in operations:
+            operation = self._operations.get(name)
+            if operation is None:
+                raise DaemonError(f"unknown operation {name!r}: supervisor and worker differ in version")
+            operation(*arguments)
+            useful = useful or name in {"sa_put", "spd_replace", "sysctl"}
+        return useful
+
+    def _sa_put(self, sa: SecurityAssociation) -> None:
+        if sa.key in self.sad:
+            self.sad.update(sa)
+        else:
+            self.sad.add(sa)
+
+    def _sa_delete(self, dst: bytes, protocol: int, spi: int) -> None:
+        if SaKey(dst, protocol, spi) in self.sad:
+            self.sad.delete(dst, protocol, spi)
+
+    def _sa_state(self, dst: bytes, protocol: int, spi: int, state: int) -> None:
+        try:
+            self.sad.set_state(self.sad.get(dst, protocol, spi), SaState(state))
+        except SadError:
+            return  # deleted a moment ago
+
+    def _spd_replace(self, policies: list[Policy]) -> None:
+        self.spd.replace_all(policies)
+
+    def _sysctl(self, name: str, value: int) -> None:
+        self.sysctl.set(name, value)
+
+    def _path_mtu(self, dst: bytes, mtu: int) -> None:
+        self.on_path_mtu(dst, mtu)
+
+    def _routes_changed(self) -> None:
+        self.on_routes_changed()
+
+    def _stop(self) -> None:
+        self.stopping = True

@@ -1,0 +1,237 @@
+"""A worker process: ``python -m ipsecq.daemon.worker``, started by the supervisor and by nobody else.
+
+It maps the shared table, loads its replica of SAD and SPD, binds its queue, gives up privileges and serves packets
+until the supervisor says stop or is gone.  A worker that dies at any point loses the packets in its hands and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import MutableSequence, Sequence
+from typing import Final, cast
+
+from ipsecq.counters import Counter
+from ipsecq.daemon import privileges
+from ipsecq.daemon.leases import LeaseBook
+from ipsecq.daemon.log import LOGGER, configure
+from ipsecq.daemon.messages import Frame, FrameReader, WorkerSetup, encode_line
+from ipsecq.daemon.replica import Replica
+from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.loop import WorkerLoop
+from ipsecq.datapath.mtu import PathMtu
+from ipsecq.datapath.output import RawOutput
+from ipsecq.datapath.queue import Queue
+from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
+from ipsecq.engine.inbound import Inbound
+from ipsecq.engine.outbound import Outbound
+from ipsecq.engine.tables import Tables
+from ipsecq.errors import IpsecqError, NetfilterError, StateError
+
+log: Final = logging.getLogger(f"{LOGGER}.worker")
+
+QUEUE_PATIENCE: Final = 3.0
+"""Seconds to wait for a queue that a dead predecessor may still hold."""
+REFUSAL_SECONDS: Final = 1.0
+"""After a refused lease nobody asks again for this long: every packet of the SA would touch lock and disk."""
+MAX_REPORTS: Final = 1 << 18
+"""Octets of reports that may wait for the supervisor; what comes then is lost."""
+
+
+class Leases:
+    """The engine's ``lease``: refusals are (0, 0), logged, and remembered for a second."""
+
+    def __init__(self, book: LeaseBook) -> None:
+        self._book = book
+        self._refused: dict[int, float] = {}
+
+    def __call__(self, slot: int, limit: int) -> tuple[int, int]:
+        """See :data:`ipsecq.engine.tables.Lease`."""
+        if self._refused and time.monotonic() < self._refused.get(slot, 0.0):
+            return 0, 0
+        try:
+            lease = self._book.lease(slot, limit)
+        except StateError as error:
+            self._refused[slot] = time.monotonic() + REFUSAL_SECONDS
+            log.warning("%s", error)
+            return 0, 0
+        self._refused.pop(slot, None)
+        return lease
+
+
+class Reports:
+    """Lines to the supervisor; never waits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._waiting = bytearray()
+
+    def send(self, kind: str, **values: object) -> None:
+        """One line, or as much as the socket takes now; the rest goes with the next call."""
+        if len(self._waiting) < MAX_REPORTS:
+            self._waiting += encode_line(kind, **values)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        while self._waiting:
+            try:
+                sent = self._socket.send(self._waiting)
+            except OSError:
+                return
+            del self._waiting[:sent]
+
+    def events(self, events: list[Event]) -> None:
+        """What the engine saw in a batch."""
+        for event in events:
+            if isinstance(event, Acquire):
+                self.send(
+                    "acquire", protocol=event.protocol, mode=event.mode, src=event.src.hex(), dst=event.dst.hex(),
+                    reqid=event.reqid, policy=event.policy,
+                )  # fmt: skip
+            elif isinstance(event, Expired):
+                self.send("expired", dst=event.dst.hex(), protocol=event.protocol, spi=event.spi, hard=event.hard)
+            elif isinstance(event, PathMtuLearned):
+                self.send("path_mtu", dst=event.dst.hex(), mtu=event.mtu)
+            elif isinstance(event, PeerMoved):
+                self.send(
+                    "moved", dst=event.dst.hex(), protocol=event.protocol, spi=event.spi, old_src=event.old_src.hex(),
+                    src=event.src.hex(), sport=event.sport,
+                )  # fmt: skip
+
+
+class Worker:
+    """One worker over the descriptors that it inherited."""
+
+    def __init__(self, table: SharedTable, counters: memoryview, book: LeaseBook, sock: socket.socket) -> None:
+        self._table = table
+        self._counters = counters
+        self._leases = Leases(book)
+        sock.setblocking(False)
+        self._socket = sock
+        self._frames = FrameReader(sock)
+        self._reports = Reports(sock)
+        self._replica = Replica()
+        self._loop: WorkerLoop | None = None
+
+    def run(self) -> None:
+        """Until the supervisor says stop, or is gone."""
+        setup = self._first_state()
+        if setup is None:
+            return
+        queue = _bind(setup.queue)
+        output = RawOutput(setup.mark_done)
+        enc0 = Enc0(setup.enc_device)
+        path_mtu = PathMtu(mark=setup.mark_done)
+        # The sockets are open; of what is left only netlink (NFQUEUE) and SO_MARK ask for a capability.
+        privileges.keep_capabilities([privileges.CAP_NET_ADMIN])
+        replica = self._replica
+        tables = Tables(
+            replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom
+        )
+        self._loop = WorkerLoop(
+            queue,
+            output,
+            enc0,
+            Outbound(tables, path_mtu.mtu_of, path_mtu.source_for),
+            Inbound(tables),
+            cast("MutableSequence[int]", self._counters),
+            mark_stolen=setup.mark_stolen,
+            path_mtu=path_mtu,
+            control_fd=self._socket.fileno(),
+            on_control=self._control,
+            on_events=self._reports.events,
+        )
+        replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
+        replica.on_routes_changed = path_mtu.invalidate
+        # What lives now lives on: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        self._reports.send("ready")
+        try:
+            if not replica.stopping:
+                self._loop.run()
+        finally:
+            for part in (queue, output, enc0):
+                part.close()
+
+    def _first_state(self) -> WorkerSetup | None:
+        """Wait for the set-up and the whole first state; None when the supervisor went meanwhile."""
+        setup: WorkerSetup | None = None
+        while not self._frames.closed:
+            select.select([self._socket], [], [])
+            for generation, operations in self._frames.read():
+                rest = operations
+                if setup is None:
+                    (_, setup), *rest = operations
+                    configure(setup.log, journal=setup.journal)
+                self._apply((generation, rest))
+                if generation:
+                    return setup
+        return None
+
+    def _control(self) -> None:
+        """Between two batches: what the supervisor sent."""
+        for frame in self._frames.read():
+            if self._apply(frame) and self._loop is not None:
+                self._loop.retry_held()
+        if (self._frames.closed or self._replica.stopping) and self._loop is not None:
+            self._loop.stop()
+
+    def _apply(self, frame: Frame) -> bool:
+        generation, operations = frame
+        useful = self._replica.apply(operations)
+        # A long change is work too.
+        self._counters[Counter.HEARTBEAT] += 1
+        if generation:
+            self._reports.send("ack", generation=generation)
+        return useful
+
+
+def _bind(number: int) -> Queue:
+    deadline = time.monotonic() + QUEUE_PATIENCE
+    while True:
+        try:
+            return Queue(number)
+        except NetfilterError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.02)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the arguments are descriptors that the supervisor left open."""
+    parser = argparse.ArgumentParser(prog="ipsecq-worker")
+    for name in ("index", "parent", "table", "counters", "state", "control"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    privileges.set_name(f"ipsecq-w{arguments.index}")
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # meant for the supervisor, sent to the terminal's whole group
+    sock = socket.socket(fileno=arguments.control)
+    try:
+        privileges.forbid_dumps()
+        privileges.die_with_parent(arguments.parent)
+        privileges.lock_memory()
+        table = SharedTable.attach(arguments.table)
+        book = LeaseBook.attach(arguments.state, table)
+        Worker(table, CounterPages(arguments.counters).page(arguments.index), book, sock).run()
+    except IpsecqError as error:
+        sock.setblocking(True)
+        sock.settimeout(1.0)
+        Reports(sock).send("failed", message=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
