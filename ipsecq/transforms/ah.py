@@ -52,9 +52,11 @@ def immutable(header: Buffer, cleartos: bool = True, offsetmask: int = 0) -> byt
     ``ah_offsetmask`` of ipsec(4), for peers that implement RFC 1826.
     """
     length = len(header)
+    if length < 20:
+        return None
     version = header[0] >> 4
     if version == 4:
-        if length < 20 or (header[0] & 15) << 2 != length:
+        if (header[0] & 15) << 2 != length:
             return None
         fixed = (int.from_bytes(header[:20], "big") & _ipv4_mask(cleartos, offsetmask)).to_bytes(20, "big")
         return fixed if length == 20 else _ipv4_options(fixed, header)
