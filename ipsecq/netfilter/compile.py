@@ -237,6 +237,8 @@ def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
 def _exempt(settings: NetfilterSettings) -> Iterator[str]:
     if settings.neighbour_discovery:
         yield "  icmpv6 type { 133, 134, 135, 136, 137 } ip6 hoplimit 255 accept"
+        # Switches that snoop MLD forward solicitations only to where a report came from.
+        yield "  icmpv6 type { 130, 131, 132, 143 } ip6 hoplimit 1 accept"
 
 
 def _policies(side: str) -> Iterator[str]:

@@ -33,7 +33,8 @@ class NetfilterSettings:
     loopback: bool = False
     """Apply policies to what this host sends to itself over ``lo``.  Off, as Linux's own IPsec has it."""
     neighbour_discovery: bool = True
-    """Leave IPv6 neighbour discovery (RFC 4861, hop limit 255) alone: without it no packet reaches a link."""
+    """Leave IPv6 neighbour discovery (RFC 4861, hop limit 255) and MLD (hop limit 1) alone: without them no packet
+    reaches a link.  Neither is ever forwarded."""
     defragment: str = "tproxy"
     """What switches the kernel's defragmentation on: ``tproxy``, ``ct`` (brings connection tracking) or ``none``."""
     socket_match: bool = True
