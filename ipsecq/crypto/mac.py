@@ -38,21 +38,26 @@ class Mac(Protocol):
 
 
 class Xcbc:
-    """AES-XCBC-MAC (RFC 3566 section 4): CBC-MAC with a key of its own for the last block."""
+    """AES-XCBC-MAC (RFC 3566 section 4): CBC-MAC with a key of its own for the last block.
 
-    __slots__ = ("_encryptor", "_k2", "_k3", "_parts")
+    All copies share one CBC context, because making one costs 2.5 µs.  It chains the first block to the last code
+    that it made, so that code is taken out of the first block again: ``E((block ^ chain) ^ chain)``.
+    """
+
+    __slots__ = ("_chain", "_encrypt", "_k2", "_k3", "_parts")
 
     def __init__(self, key: bytes) -> None:
         ecb = Cipher(algorithms.AES(key), modes.ECB()).encryptor()  # noqa: S305 - one block, as RFC 3566 derives keys
         self._k2 = int.from_bytes(ecb.update(b"\x02" * 16), "big")
         self._k3 = int.from_bytes(ecb.update(b"\x03" * 16), "big")
-        self._encryptor = Cipher(algorithms.AES(ecb.update(b"\x01" * 16)), modes.CBC(bytes(16)))
+        self._encrypt = Cipher(algorithms.AES(ecb.update(b"\x01" * 16)), modes.CBC(bytes(16))).encryptor().update
+        self._chain = [0]  # shared by the copies, as the context is
         self._parts: list[Buffer] = []
 
     def copy(self) -> Xcbc:
         """A context with the same key and nothing hashed but what this one has."""
         other = object.__new__(Xcbc)
-        other._k2, other._k3, other._encryptor = self._k2, self._k3, self._encryptor
+        other._k2, other._k3, other._encrypt, other._chain = self._k2, self._k3, self._encrypt, self._chain
         other._parts = self._parts.copy()
         return other
 
@@ -63,13 +68,23 @@ class Xcbc:
     def finalize(self) -> bytes:
         """The code: 16 octets."""
         message = b"".join(self._parts)
-        whole = len(message) - 1 & ~15 if message else 0
-        last = message[whole:]
-        if len(last) == 16:
-            block = int.from_bytes(last, "big") ^ self._k2
+        length = len(message)
+        if length & 15 or not length:
+            message = b"".join((message, b"\x80", bytes(~length & 15)))
+            mask = self._k3
         else:
-            block = int.from_bytes((last + b"\x80").ljust(16, b"\0"), "big") ^ self._k3
-        return self._encryptor.encryptor().update(message[:whole] + block.to_bytes(16, "big"))[-16:]
+            mask = self._k2
+        chain = self._chain
+        if len(message) == 16:
+            block = int.from_bytes(message, "big") ^ mask ^ chain[0]
+            code = self._encrypt(block.to_bytes(16, "big"))
+        else:
+            first = int.from_bytes(message[:16], "big") ^ chain[0]
+            last = int.from_bytes(message[-16:], "big") ^ mask
+            blocks = b"".join((first.to_bytes(16, "big"), message[16:-16], last.to_bytes(16, "big")))
+            code = self._encrypt(blocks)[-16:]
+        chain[0] = int.from_bytes(code, "big")
+        return code
 
 
 def build_mac(name: str, key: bytes) -> Mac:
