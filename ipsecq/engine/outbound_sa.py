@@ -13,7 +13,7 @@ from ipsecq.engine.accounting import Account
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.headers import OuterHeader, own_header
 from ipsecq.engine.tables import Pool, Tables
-from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP, Mode
+from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
@@ -73,7 +73,7 @@ class EspStep:
     def __init__(self, sa: SecurityAssociation, tables: Tables, pool: Pool, tunnel: bool) -> None:
         self.sa = sa
         self.tunnel = tunnel
-        built = cipher.build(sa.encryption, sa.encryption_key, sa.authentication, sa.authentication_key)
+        built = cipher.build(sa.encryption or "null", sa.encryption_key, sa.authentication, sa.authentication_key)
         self._transform = EspTransform(sa.spi, built, esn=sa.esn, tfc_pad=sa.tfc_pad if tunnel else 0)
         self._iv_length = built.iv_length
         self._iv_is_counter = built.iv_is_counter
@@ -117,14 +117,14 @@ class EspStep:
         else:
             next_header = packet[view.header_nexthdr]
             prefix = own_header(packet, view, self._protocol, behind)
-        if self._udp:
-            prefix = natt.wrap(prefix, self.sa.natt, behind)  # type: ignore[arg-type]
+        if self.sa.natt is not None:
+            prefix = natt.wrap(prefix, self.sa.natt, behind)
         iv = sequence.to_bytes(8, "big") if self._iv_is_counter else self._pool.take(self._iv_length)
         counters[_ESP_OUTPUT] += 1
         counters[_ESP_OBYTES] += inner
         payload = packet if not header and view.length == len(packet) else memoryview(packet)[header : view.length]
         sealed = self._transform.seal(payload, next_header, sequence, iv, prefix)
-        if self._udp and view.version == 6:
+        if self._udp and prefix[0] >= 0x60:  # UDP's checksum may be 0 in IPv4 only
             return natt.finish(sealed)
         return sealed
 
@@ -136,16 +136,109 @@ class AhStep:
         self.sa = sa
         self.tunnel = tunnel
         self._transform = AhTransform(sa.spi, cipher.icv(sa.authentication or "", sa.authentication_key), esn=sa.esn)
-        self._knobs = tables.sysctl.v4
+        self._cleartos = tables.sysctl.v4.ah_cleartos != 0
+        self._offsetmask = tables.sysctl.v4.ah_offsetmask
         self.sequence = sequence_of(sa, tables)
         self._account = Account(sa, tables.words)
         self._words, self._base = tables.words, sa.slot
         self._counters = tables.counters
-        self._outer = outer_header(sa, 0, tables) if tunnel else None
+        self._outer = outer_header(sa, int(IpsecProtocol.AH), tables) if tunnel else None
+
+    def sealed_length(self, length: int, header: int) -> int:
+        """See :class:`OutboundStep`."""
+        outer = self._outer
+        if outer is not None:
+            return outer.length + self._transform.header_length(outer.version) + length
+        return length + self._transform.header_length(4 if len(self.sa.dst) == 4 else 6)
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """See :class:`OutboundStep`."""
+        outer = self._outer
+        header = 0 if outer is not None else view.header_length
+        version = outer.version if outer is not None else view.version
+        inner = view.length - header
+        behind = self._transform.header_length(version) + inner
+        if behind + (outer.length if outer is not None else header) > _MAX_PACKET:
+            return Counter.AH_TOOBIG
+        if not self._account.charge(inner, now, emit):
+            return Counter.AH_EXPIRED
+        sequence = self.sequence.take(1)
+        if not sequence:
+            self._words[self._base + _DROPS] += 1
+            exhausted = not self.sa.esn and self._words[self._base + _SEQUENCE] >= LIMIT_32
+            return Counter.AH_WRAP if exhausted else Counter.AH_NOSEQ
+        self._words[self._base + _SEQUENCE] = sequence
+        counters = self._counters
+        if outer is not None:
+            next_header = IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6
+            prefix = outer.build(behind, view.tos, view.dont_fragment, view.flow_label, sequence)
+            counters[_AH_TUNNEL] += 1
+        else:
+            next_header = packet[view.header_nexthdr]
+            prefix = own_header(packet, view, int(IpsecProtocol.AH), behind)
+        sealed = self._transform.seal(
+            memoryview(packet)[header : view.length], next_header, sequence, prefix,
+            cleartos=self._cleartos, offsetmask=self._offsetmask,
+        )  # fmt: skip
+        if sealed is None:
+            return Counter.AH_HDROPS
+        counters[_AH_OUTPUT] += 1
+        counters[_AH_OBYTES] += inner
+        return sealed
 
 
 class IpcompStep:
-    """IPComp, transport or tunnel mode."""
+    """IPComp, transport or tunnel mode.  What would not become shorter goes on uncompressed (RFC 3173 section 2.2)."""
+
+    def __init__(self, sa: SecurityAssociation, tables: Tables, tunnel: bool) -> None:
+        self.sa = sa
+        self.tunnel = tunnel
+        self._transform = IpcompTransform(sa.spi, sa.compression or "deflate")
+        self._account = Account(sa, tables.words)
+        self._words, self._base = tables.words, sa.slot
+        self._counters = tables.counters
+        self._serial = 0  # IPComp has no sequence number, but IPv4 wants an identification
+        self._outer = outer_header(sa, int(IpsecProtocol.IPCOMP), tables) if tunnel else None
+        self._plain = {
+            version: outer_header(sa, protocol, tables) for version, protocol in ((4, IPPROTO_IPV4), (6, IPPROTO_IPV6))
+        }
+
+    def sealed_length(self, length: int, header: int) -> int:
+        """See :class:`OutboundStep`: as long as the packet is when nothing can be compressed."""
+        return length + (self._outer.length if self._outer is not None else 0)
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """See :class:`OutboundStep`."""
+        outer = self._outer
+        header = 0 if outer is not None else view.header_length
+        inner = view.length - header
+        if outer is not None and inner + outer.length > _MAX_PACKET:
+            return Counter.IPCOMP_TOOBIG
+        if not self._account.charge(inner, now, emit):
+            return Counter.IPCOMP_EXPIRED
+        counters = self._counters
+        self._serial += 1
+        payload = memoryview(packet)[header : view.length]
+        if outer is not None:
+            next_header = IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6
+        else:
+            next_header = packet[view.header_nexthdr]
+        sealed = self._transform.seal(payload, next_header)
+        if sealed is None:
+            counters[_IPCOMP_THRESHOLD if inner < self._transform.threshold else _IPCOMP_UNCOMPR] += 1
+            if outer is None:
+                return bytes(packet[: view.length])
+            prefix = self._plain[view.version].build(
+                inner, view.tos, view.dont_fragment, view.flow_label, self._serial
+            )
+            return b"".join((prefix, payload))
+        counters[_IPCOMP_OUTPUT] += 1
+        counters[_IPCOMP_OBYTES] += inner
+        if outer is not None:
+            prefix = outer.build(len(sealed), view.tos, view.dont_fragment, view.flow_label, self._serial)
+        else:
+            prefix = own_header(packet, view, int(IpsecProtocol.IPCOMP), len(sealed))
+        return prefix + sealed
 
 
 def make_step(sa: SecurityAssociation, tables: Tables, pool: Pool, tunnel: bool) -> OutboundStep:

@@ -36,7 +36,7 @@ class PathMtuCheck:
             return False
         protocol, at = error.protocol, 40 if error.version == 6 else (error.quoted[0] & 15) << 2
         if protocol == IPPROTO_UDP:
-            if error.dport != NATT_PORT and error.sport != NATT_PORT:
+            if NATT_PORT not in {error.dport, error.sport}:
                 return False
             protocol, at = int(Protocol.ESP), at + 8
         counters = self._tables.counters

@@ -10,7 +10,7 @@ from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
 Lease = Callable[[int, int], tuple[int, int]]
-"""``lease(slot, limit) -> (first, end)``: sequence numbers first ≤ n < end for the SA whose slot begins at word ``slot``.
+"""``lease(slot, limit) -> (first, end)``: numbers first ≤ n < end for the SA whose slot begins at word ``slot``.
 
 ``(0, 0)`` refuses: the numbers up to ``limit`` are used up, or the state on disk cannot be trusted.
 """
