@@ -113,13 +113,13 @@ def measure(path: Path, seconds: float, samples: Samples) -> None:
 
 def table(results: dict[str, Samples], reference: str = "ipsecq") -> str:
     """The report: medians, and each path's throughput as a multiple of the reference."""
-    rows = [f"{'path':24}{'TCP Gbit/s':>12}{'x':>9}{'UDP kpps':>12}{'x':>9}{'of offered':>12}{'RTT ms':>9}"]
+    rows = [f"{'path':27}{'TCP Gbit/s':>12}{'x':>9}{'UDP kpps':>12}{'x':>9}{'of offered':>12}{'RTT ms':>9}"]
     base = results.get(reference, Samples())
     for name, samples in results.items():
         if not samples.udp:
-            rows.append(f"{name:24}  failed: {(samples.failures or ['?'])[-1].splitlines()[0]}")
+            rows.append(f"{name:27}  failed: {(samples.failures or ['?'])[-1].splitlines()[0]}")
             continue
-        cells = f"{name:24}{median(samples.tcp):12.3f}{_ratio(samples.tcp, base.tcp):>9}"
+        cells = f"{name:27}{median(samples.tcp):12.3f}{_ratio(samples.tcp, base.tcp):>9}"
         cells += f"{median(samples.udp):12.1f}{_ratio(samples.udp, base.udp):>9}"
         rows.append(cells + f"{median(samples.offered):12.0f}{median(samples.rtt):9.3f}")
     return "\n".join(rows)

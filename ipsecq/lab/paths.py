@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import ipsecq
 from ipsecq.lab.gateway import AES_GCM, Tunnel, both_gateways
 from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.strongswan import StrongswanLibipsec
 from ipsecq.lab.topology import Network, Site, build
 
 
@@ -129,7 +130,8 @@ class WireguardGo:
 
     def missing(self) -> str:
         """Needs Debian's wireguard-go and wireguard-tools."""
-        return "" if shutil.which("wireguard-go") and shutil.which("wg") else "wireguard-go or wg is not installed"
+        found = shutil.which("wireguard-go") and shutil.which("wg")
+        return "" if found else "needs Debian packages wireguard-go wireguard-tools"
 
     def version(self) -> str:
         """Debian's package version: the program does not say."""
@@ -167,4 +169,4 @@ class WireguardGo:
 
 def all_paths(workers: int = 2) -> list[Path]:
     """Every path, the yardsticks around ipsecq."""
-    return [Plain(), Ipsecq(workers), Naive(), WireguardGo()]
+    return [Plain(), Ipsecq(workers), Naive(), WireguardGo(), StrongswanLibipsec(LAN_MTU)]

@@ -1,0 +1,101 @@
+"""strongSwan's own user-space ESP (kernel-libipsec) as a path of the benchmark: two charons, a pre-shared key, AES-GCM.
+
+Each charon gets its own /run (a mount namespace) and its own configuration; nothing of the system's strongSwan is read.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.topology import Network, Site, build
+
+CHARONS: Final = ("/usr/sbin/charon-systemd", "/usr/lib/ipsec/charon")
+"""Debian's charon-systemd (it runs without systemd as well), strongswan-charon."""
+PLUGIN: Final = Path("/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so")
+# openssl stands before the plain-C plugins: with them in front, AES-GCM is five times slower.
+_DAEMON: Final = """
+{section} {{
+  load = random nonce openssl kdf pem pkcs1 pubkey hmac kernel-libipsec kernel-netlink socket-default vici
+  plugins {{ vici {{ socket = unix://{directory}/vici }} }}
+  filelog {{ stderr {{ default = 1 }} }}
+}}
+"""
+_CONNECTION: Final = """
+connections {{ gw {{
+  version = 2
+  local_addrs = {near.wan4}
+  remote_addrs = {far.wan4}
+  proposals = aes128gcm16-prfsha256-ecp256
+  local {{ auth = psk
+           id = {near.wan4} }}
+  remote {{ auth = psk
+            id = {far.wan4} }}
+  children {{ net {{
+    local_ts = {near.lan4}
+    remote_ts = {far.lan4}
+    esp_proposals = aes128gcm16
+  }} }}
+}} }}
+secrets {{ ike-1 {{ secret = {secret} }} }}
+"""
+
+
+class StrongswanLibipsec:
+    """IKEv2 by charon, ESP by its libipsec over a TUN device."""
+
+    name = "strongSwan kernel-libipsec"
+
+    def __init__(self, lan_mtu: int) -> None:
+        self._lan_mtu = lan_mtu
+
+    def missing(self) -> str:
+        """Needs Debian's charon-systemd, strongswan-swanctl and libcharon-extra-plugins."""
+        if _charon() and PLUGIN.exists() and shutil.which("swanctl"):
+            return ""
+        return "needs Debian packages charon-systemd strongswan-swanctl libcharon-extra-plugins"
+
+    def version(self) -> str:
+        """Debian's package version."""
+        with Lab() as lab:
+            done = lab.run("dpkg-query", "-W", "-f=${Version}", "strongswan-libcharon", check=False)
+        return f"{done.stdout.strip() or 'of unknown version'}, AES-GCM-16, openssl plugin first"
+
+    @contextmanager
+    def up(self) -> Iterator[Network]:
+        """Both charons run and the child SA is installed."""
+        with Lab() as lab:
+            network = build(lab, lan_mtu=self._lan_mtu)
+            secret = secrets.token_hex(16)
+            for near, far in (network.sites, network.sites[::-1]):
+                self._start(near, far, secret)
+            one = lab.directory / "charon-1"
+            network.one.gateway.run("swanctl", "--initiate", "--child", "net", "--uri", f"unix://{one}/vici")
+            yield network
+
+    def _start(self, near: Site, far: Site, secret: str) -> None:
+        space = near.gateway
+        directory = space.lab.directory / f"charon-{near.number}"
+        directory.mkdir()
+        charon = _charon()
+        text = _DAEMON.format(section=Path(charon).name, directory=directory)
+        (directory / "strongswan.conf").write_text(text)
+        (directory / "swanctl.conf").write_text(_CONNECTION.format(near=near, far=far, secret=secret))
+        space.popen(
+            "unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs /run && exec {charon}",
+            log=directory / "log", env={"STRONGSWAN_CONF": str(directory / "strongswan.conf")},
+        )  # fmt: skip
+        wait_for((directory / "vici").exists, "charon's vici socket")
+        # The tunnel device's default MTU of 1400 is what the LANs have.
+        space.run(
+            "swanctl", "--load-all", "--file", str(directory / "swanctl.conf"), "--uri", f"unix://{directory}/vici"
+        )
+
+
+def _charon() -> str:
+    return next((path for path in CHARONS if Path(path).exists()), "")
