@@ -17,17 +17,15 @@ from typing import Final
 from ipsecq.pfkey import seccomp
 from ipsecq.pfkey.constants import PF_KEY_V2
 from ipsecq.pfkey.seccomp import Listener, Notification
+from ipsecq.pfkey.socketpolicy import OptionRequest
 
-OptionHook = Callable[[socket.socket, int, int, bytes], int]
-"""``hook(socket, level, option, value) -> errno``: set a per-socket policy.
-
-``socket`` is a duplicate of the program's own socket and is closed after the call; ``value`` is a ``sadb_x_policy``
-with its requests, empty to remove the policy (:meth:`ipsecq.pfkey.policyext.PolicyExt.from_option` reads it).
-"""
+OptionHook = Callable[[OptionRequest], int]
+"""Sets a per-socket policy; returns an errno, or 0 (:class:`ipsecq.pfkey.socketpolicy.SocketPolicies` is one)."""
 
 _OPTION_LIMIT: Final = 4096
 """Octets of a policy option: four transforms with IPv6 ends need 320."""
 _INT: Final = 0xFFFFFFFF
+_CAP_NET_ADMIN: Final = 12
 
 
 class Responder:
@@ -93,11 +91,10 @@ class Responder:
             return errno.EINVAL
         try:
             value = seccomp.read_memory(notification.thread, address, length) if length else b""
+            privileged = seccomp.has_capability(notification.thread, _CAP_NET_ADMIN)
             duplicate = seccomp.duplicate_descriptor(notification.thread, descriptor & 0x7FFFFFFF)
         except OSError as error:
             return error.errno if error.errno in (errno.EBADF, errno.EPERM, errno.EACCES) else errno.EFAULT
-        except StopIteration:
-            return errno.ESRCH
         try:
             made = socket.socket(fileno=duplicate)
         except OSError:
@@ -109,7 +106,7 @@ class Responder:
                 return 0
             if len(value) != length:
                 return errno.EFAULT
-            return self.option_hook(made, level & _INT, option & _INT, value)
+            return self.option_hook(OptionRequest(made, level & _INT, option & _INT, value, privileged))
 
     def _say(self, text: str) -> None:
         if text != self._complained:

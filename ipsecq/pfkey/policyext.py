@@ -94,10 +94,13 @@ class PolicyExt:
 
     @classmethod
     def from_option(cls, value: bytes, dialect: Dialect = Dialect.LINUX) -> Self:
-        """Inverse of :meth:`to_option`; raises PfkeyError (EINVAL)."""
+        """Inverse of :meth:`to_option`; raises PfkeyError (EINVAL).
+
+        The extension type is not looked at, as in Linux: Debian's iked leaves a wrong number there.
+        """
         if len(value) < 16:
             raise PfkeyError(f"a policy of {len(value)} octets: 16 are needed")
-        words, kind = struct.unpack_from("=HH", value)
-        if kind != Ext.POLICY or words * 8 > len(value) or words < 2:
-            raise PfkeyError(f"a policy of type {kind} and {words} words in {len(value)} octets")
+        words = struct.unpack_from("=H", value)[0]
+        if words * 8 > len(value) or words < 2:
+            raise PfkeyError(f"a policy of {words} words in {len(value)} octets")
         return cls.unpack(memoryview(value)[4 : words * 8], dialect)

@@ -221,12 +221,23 @@ def read_memory(thread: int, address: int, length: int) -> bytes:
         return memory.read(length)
 
 
+def _status(thread: int, name: str) -> str:
+    with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith(name):
+                return line.split()[1]
+    raise ProcessLookupError(errno.ESRCH, f"thread {thread} has no {name}")
+
+
+def has_capability(thread: int, number: int) -> bool:
+    """Has the thread this capability in its effective set?  OSError when it is gone."""
+    return bool(int(_status(thread, "CapEff:"), 16) >> number & 1)
+
+
 def duplicate_descriptor(thread: int, descriptor: int) -> int:
     """A duplicate of another process's descriptor, for us to close; OSError when that fails."""
-    with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
-        # pidfd_open wants the leader of the thread group, the notification names the thread.
-        leader = next(int(line.split()[1]) for line in status if line.startswith("Tgid:"))
-    pidfd = os.pidfd_open(leader)
+    # pidfd_open wants the leader of the thread group, the notification names the thread.
+    pidfd = os.pidfd_open(int(_status(thread, "Tgid:")))
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         found = int(libc.syscall(architecture().pidfd_getfd, pidfd, descriptor, 0))
