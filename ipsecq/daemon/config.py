@@ -133,6 +133,11 @@ class Config:
         return self.run_dir / "control"
 
     @property
+    def pfkey_socket(self) -> Path:
+        """Where PF_KEY clients find the daemon."""
+        return self.run_dir / "pfkey"
+
+    @property
     def metrics_address(self) -> tuple[str, int] | None:
         """(host, port) of ``metrics.listen``, or None."""
         return _address(self.metrics.listen) if self.metrics.listen else None

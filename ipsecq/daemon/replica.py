@@ -6,6 +6,8 @@ Operations, by name (first item of the tuple) and arguments:
     sa_delete DST PROTOCOL SPI
     sa_state DST PROTOCOL SPI STATE
     spd_replace [POLICY, …]    the whole SPD at once, ids kept
+    spd_put POLICY             add it, or put it in the place of the one with the same direction and selector
+    spd_delete ID
     sysctl NAME VALUE
     path_mtu DST MTU           learned by another worker
     routes_changed
@@ -18,13 +20,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ipsecq.daemon.messages import Operation
-from ipsecq.errors import DaemonError, SadError
+from ipsecq.errors import DaemonError, SadError, SpdError
 from ipsecq.numbers import SaState
 from ipsecq.policy.model import Policy
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
+
+_USEFUL = frozenset({"sa_put", "spd_replace", "spd_put", "spd_delete", "sysctl"})
+"""Operations after which a packet that waits may find its way."""
 
 
 class Replica:
@@ -42,6 +47,8 @@ class Replica:
             "sa_delete": self._sa_delete,
             "sa_state": self._sa_state,
             "spd_replace": self._spd_replace,
+            "spd_put": self._spd_put,
+            "spd_delete": self._spd_delete,
             "sysctl": self._sysctl,
             "path_mtu": self._path_mtu,
             "routes_changed": self._routes_changed,
@@ -56,7 +63,7 @@ class Replica:
             if operation is None:
                 raise DaemonError(f"unknown operation {name!r}: supervisor and worker differ in version")
             operation(*arguments)
-            useful = useful or name in {"sa_put", "spd_replace", "sysctl"}
+            useful = useful or name in _USEFUL
         return useful
 
     def _sa_put(self, sa: SecurityAssociation) -> None:
@@ -77,6 +84,15 @@ class Replica:
 
     def _spd_replace(self, policies: list[Policy]) -> None:
         self.spd.replace_all(policies)
+
+    def _spd_put(self, policy: Policy) -> None:
+        self.spd.update(policy)
+
+    def _spd_delete(self, policy_id: int) -> None:
+        try:
+            self.spd.delete_id(policy_id)
+        except SpdError:
+            return  # it went with a replacement a moment ago
 
     def _sysctl(self, name: str, value: int) -> None:
         self.sysctl.set(name, value)

@@ -61,6 +61,17 @@ class QueueStats(NamedTuple):
     """Packets queued so far."""
 
 
+def queue_table() -> dict[int, QueueStats]:
+    """Every bound queue of this network namespace by its number; empty where NFQUEUE was never used."""
+    try:
+        with open("/proc/thread-self/net/netfilter/nfnetlink_queue", "rb") as proc:
+            lines = proc.read().splitlines()
+    except OSError:
+        return {}
+    rows = [[int(number) for number in line.split()] for line in lines]
+    return {row[0]: QueueStats(row[2], row[5], row[6], row[7]) for row in rows if len(row) >= 8}
+
+
 class Queue:
     """A bound queue.  ``gso`` tells whether super-packets come whole, which not every kernel can.
 

@@ -1,0 +1,145 @@
+"""All commands of ``ipsecq``, in one list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import ipsecq
+from ipsecq.cli import report
+from ipsecq.daemon import config as configuration
+from ipsecq.daemon.control import ask
+
+app = typer.Typer(
+    name="ipsecq",
+    help="IPsec for Linux gateways in user space: ESP, AH and IPComp with the semantics of BSD's ipsec(4).",
+    no_args_is_help=True,
+    add_completion=True,
+    # A traceback with local variables would print keys.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", help="Configuration file (TOML).", envvar="IPSECQ_CONFIG", dir_okay=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON.")]
+
+
+def _ask(config: Path, command: str, **arguments: Any) -> Any:
+    return ask(configuration.load(config).control_socket, command, **arguments)
+
+
+@app.command()
+def run(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
+    """Run the gateway in the foreground."""
+    from ipsecq.daemon import supervisor  # noqa: PLC0415
+
+    sys.exit(supervisor.run(config))
+
+
+@app.command()
+def status(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOption = False) -> None:
+    """Show SAs, policies, counters and workers of the running daemon."""
+    answer = _ask(config, "status")
+    print(json.dumps(answer, indent=2) if as_json else report.status(answer))
+
+
+@app.command()
+def stat(
+    config: ConfigOption = configuration.DEFAULT_PATH,
+    protocol: Annotated[str, typer.Option("-p", help="ipsec, esp, ah or ipcomp.")] = "",
+) -> None:
+    """Print the counters in the words of netstat -sp."""
+    print(_ask(config, "stat", protocol=protocol))
+
+
+@app.command()
+def reload(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
+    """Read configuration and policy files again: all of it takes effect, or none."""
+    print(_ask(config, "reload"))
+
+
+@app.command()
+def sysctl(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[=VALUE]]...")] = None,
+    every: Annotated[bool, typer.Option("-a", help="All variables.")] = False,
+    describe: Annotated[bool, typer.Option("-d", help="Their meaning instead of their values.")] = False,
+    values_only: Annotated[bool, typer.Option("-n", help="Values without names.")] = False,
+    config: ConfigOption = configuration.DEFAULT_PATH,
+) -> None:
+    """Read and set the variables of ipsec(4); a new value holds at once, in all workers."""
+    from ipsecq import sysctl as variables  # noqa: PLC0415
+
+    wanted = list(variables.VARIABLES) if every else []
+    changes: dict[str, str] = {}
+    for name in names or []:
+        key, equals, value = name.partition("=")
+        if equals:
+            changes[key] = value
+        else:
+            wanted += variables.matching(key)
+    if not wanted and not changes:
+        raise typer.BadParameter("name a variable, or use -a for all of them")
+    if describe:
+        for name in [*wanted, *changes]:
+            print(f"{name}: {variables.describe(name)}")
+        return
+    if changes:
+        for name, (old, new) in _ask(config, "sysctl-set", values=changes).items():
+            print(f"{name}: {old} -> {new}")
+    if wanted:
+        values = _ask(config, "sysctl-get", names=wanted)
+        for name in wanted:
+            print(values[name] if values_only else f"{name}: {values[name]}")
+
+
+@app.command()
+def nft(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
+    """Print the nftables ruleset that the configuration means.  Needs neither root nor a daemon."""
+    from ipsecq.daemon import content as files  # noqa: PLC0415
+    from ipsecq.netfilter.compile import compile_ruleset  # noqa: PLC0415
+    from ipsecq.netfilter.load import Loader  # noqa: PLC0415
+
+    content = files.read(config)
+    settings = content.config.netfilter()
+    print(compile_ruleset(content.spd.dump(), settings, content.sysctl), end="")
+    print(Loader(settings).queue_statements(), end="")
+
+
+@app.command()
+def doctor(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOption = False) -> None:
+    """Say what this machine can do, what is missing, and how to mend it.  Exit status 1 when something must be mended."""
+    from ipsecq.daemon import content as files  # noqa: PLC0415
+    from ipsecq.netfilter import doctor as examination  # noqa: PLC0415
+
+    if config.exists():
+        content = files.read(config)
+        findings = examination.examine(content.config.netfilter(), content.spd.dump())
+    else:
+        findings = examination.examine()
+    if as_json:
+        print(json.dumps(report.findings_json(findings), indent=2))
+    else:
+        print(report.findings(findings))
+    sys.exit(1 if any(finding.grade is examination.Grade.FAIL for finding in findings) else 0)
+
+
+@app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def exec_(context: typer.Context, config: ConfigOption = configuration.DEFAULT_PATH) -> None:
+    """Run a program (iked, setkey, …) whose PF_KEY sockets are served by ipsecq: ipsecq exec -- iked -d."""
+    from ipsecq.pfkey import exec as execution  # noqa: PLC0415
+
+    if not context.args:
+        raise typer.BadParameter("name a program: ipsecq exec -- PROGRAM ARGUMENTS")
+    execution.run(context.args, configuration.load(config).pfkey_socket)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"ipsecq {ipsecq.__version__}")

@@ -1,0 +1,406 @@
+"""The supervisor: checks the files, blocks, starts the workers, opens the queues, and looks after all of it.
+
+The order is what keeps protected traffic from passing in clear.  Start: files checked (an error starts nothing), a
+ruleset that blocks, workers with the whole state, queue statements.  A change: workers first, then nftables.  Stop: the
+ruleset blocks again (or goes, by ``on_stop``), then the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from ipsecq.counters import Counter
+from ipsecq.daemon import content as files
+from ipsecq.daemon import privileges
+from ipsecq.daemon.authority import Authority
+from ipsecq.daemon.config import Config
+from ipsecq.daemon.content import Content
+from ipsecq.daemon.control import ControlServer
+from ipsecq.daemon.leases import LeaseBook
+from ipsecq.daemon.log import LOGGER, configure
+from ipsecq.daemon.messages import Operation, WorkerSetup
+from ipsecq.daemon.notify import Notifier
+from ipsecq.daemon.pool import WorkerHandle, WorkerPool
+from ipsecq.daemon.requests import Requests
+from ipsecq.daemon.sampling import History, Sampler
+from ipsecq.daemon.statefile import boot_identity, machine_identity
+from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.datapath import enc0
+from ipsecq.errors import DaemonError, IpsecqError, NetfilterError, StateError
+from ipsecq.metrics.server import MetricsServer
+from ipsecq.netfilter.capabilities import detect
+from ipsecq.netfilter.links import LinkWatcher
+from ipsecq.netfilter.load import Loader
+from ipsecq.sa.association import SaKey
+
+log: Final = logging.getLogger(f"{LOGGER}.supervisor")
+
+TICK: Final = 0.5
+"""Seconds between two looks at workers, lifetimes and reservations."""
+
+
+def run(path: Path) -> int:
+    """``ipsecq run``: until SIGTERM or SIGINT; the exit status.  ConfigError before anything was started."""
+    content = files.read(path)
+    journal = "JOURNAL_STREAM" in os.environ
+    configure(content.config.log, journal=journal)
+    privileges.forbid_dumps()
+    supervisor = Supervisor(content, journal=journal)
+    return asyncio.run(supervisor.main())
+
+
+class Supervisor:
+    """One running daemon."""
+
+    def __init__(self, content: Content, *, journal: bool) -> None:
+        self.content = content
+        self.config: Config = content.config
+        self.history = History()
+        self._journal = journal
+        self._notifier = Notifier()
+        self._stop = asyncio.Event()
+        self._publishing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._from_files: set[SaKey] = set()
+        self._repair_due = False
+        self._last_problem = ""
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def main(self) -> int:
+        """Start, serve, stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.spawn(self._reload_by_signal()))
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack)
+            self._notifier.ready(self._summary())
+            log.info("serving: %s", self._summary())
+            await self._serve()
+            self._notifier.stopping()
+            log.info("stopping: %s", self._stop_words())
+        return 0
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Everything up, in order; ``stack`` undoes it in the opposite order, also when a later step fails."""
+        config = self.config
+        _directory(config.run_dir, 0o755)
+        _directory(config.state_dir, 0o700)
+        stack.enter_context(_Lock(config.run_dir / "lock"))
+        await self._netfilter(stack)
+        self.table = SharedTable.open(config.run_dir / "table", boot_identity())
+        stack.callback(self.table.close)
+        self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
+        if self.book.problem:
+            log.warning("state: %s", self.book.problem)
+        self.authority = Authority(self.table, self.book)
+        self.authority.become(self.content.sad, self.content.spd, config.sysctl)
+        self._from_files = {sa.key for sa in self.content.sad}
+        for problem in self.authority.problems.values():
+            log.warning("%s", problem)
+        self.authority.take()  # workers get the whole state
+        device = config.nftables.enc_device
+        enc0.create(device, accept_local=True)
+        stack.callback(enc0.remove, device)
+        pages = CounterPages.create(config.workers)
+        self.pool = WorkerPool(
+            pages,
+            config.daemon.queue_base,
+            {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
+            [],
+            self._first_state,
+            self._report,
+        )
+        stack.callback(self._settle)
+        stack.push_async_callback(self.pool.stop)
+        self.pool.start()
+        await self.pool.settled(self.pool.generation)
+        self.sampler = Sampler(
+            self.authority, self.pool, self.loader, self.history,
+            sa_limit=config.metrics.sa_limit, bypass=config.nftables.queue_bypass,
+        )  # fmt: skip
+        self.requests = Requests(self)
+        control = ControlServer(config.control_socket, config.daemon.group, self.requests.handle)
+        await control.start()
+        stack.push_async_callback(control.close)
+        if config.metrics_address is not None:
+            metrics = MetricsServer(*config.metrics_address, self.sampler)
+            metrics.start()
+            stack.callback(metrics.close)
+        await asyncio.to_thread(self.loader.open_queues)
+        # From here on the first thing to undo: nothing may pass while workers end.
+        stack.push_async_callback(self._close_rules)
+
+    async def _netfilter(self, stack: contextlib.AsyncExitStack) -> None:
+        """A ruleset that blocks what the policies protect, before anything else is there."""
+        can = await asyncio.to_thread(detect)
+        if can.mechanism is None:
+            missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
+            raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
+        self.loader = Loader(can.adapt(self.config.netfilter()), can.mechanism)
+        self.links = LinkWatcher()
+        stack.callback(self.links.close)
+        guarded = self._devices()
+        await asyncio.to_thread(self.loader.replace, self.content.spd.dump(), self.content.sysctl, guarded)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.links.fileno(), self._links_changed)
+        stack.callback(loop.remove_reader, self.links.fileno())
+        self._nft = self.loader.watch()
+        loop.add_reader(self._nft.socket.fileno(), self._ruleset_touched)
+        stack.callback(loop.remove_reader, self._nft.socket.fileno())
+
+    async def _close_rules(self) -> None:
+        """Block, or by ``on_stop`` take the tables away."""
+        async with self._publishing:
+            try:
+                if self.config.daemon.on_stop == "remove":
+                    await asyncio.to_thread(self.loader.remove)
+                else:
+                    await asyncio.to_thread(self.loader.block)
+            except NetfilterError as error:
+                log.error("stop: %s", error)  # queues without a listener drop, so nothing passes
+
+    def _settle(self) -> None:
+        """No worker lives: write the exact next sequence numbers."""
+        for sa in self.authority.sad:
+            if sa.slot >= 0:
+                with contextlib.suppress(StateError):
+                    self.book.settle(sa.slot)
+
+    def _stop_words(self) -> str:
+        if self.config.daemon.on_stop == "remove":
+            return "rules removed, traffic passes in clear (on_stop)"
+        return "protected traffic stays blocked"
+
+    def _summary(self) -> str:
+        authority = self.authority
+        text = (
+            f"{len(authority.sad)} SAs, {len(authority.spd)} policies, {self.config.workers} workers, "
+            f"queues by {self.loader.mechanism}"
+        )
+        if self.config.nftables.queue_bypass or any(policy.fail_open for policy in authority.spd):
+            text += "; FAIL OPEN is on"
+        return text
+
+    # -- serving -----------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        while not self._stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), TICK)
+            if self.pool.check():
+                self._notifier.feed()
+            self._expire()
+            for sa in self.authority.sad:
+                if sa.slot >= 0:
+                    self._top_up(sa.slot)
+            if self._repair_due:
+                self._repair_due = False
+                await self._repair()
+
+    def _top_up(self, slot: int) -> None:
+        try:
+            self.book.top_up(slot)
+        except (StateError, OSError) as error:
+            if str(error) != self._last_problem:
+                log.error("state: %s", error)
+                self._last_problem = str(error)
+
+    def _expire(self) -> None:
+        expired = self.authority.expire(time.time())
+        for sa, hard in expired:
+            log.info("SA 0x%08x reached its %s limit", sa.spi, "hard" if hard else "soft")
+        if expired:
+            self.spawn(self.publish())
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run beside the main loop; an error of ours is logged, not lost."""
+
+        async def guarded() -> None:
+            try:
+                await coroutine
+            except IpsecqError as error:
+                log.error("%s", error)
+            except Exception:
+                log.exception("unexpected")
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def publish(self) -> None:
+        """Bring what changed to all workers, then to nftables.  Raises DaemonError, NetfilterError."""
+        async with self._publishing:
+            operations, retiring = self.authority.take()
+            if not operations:
+                return
+            generation = self.pool.broadcast(operations)
+            await self.pool.settled(generation)
+            self.authority.retire(retiring)
+            if any(operation[0] in {"spd_replace", "spd_put", "spd_delete", "sysctl"} for operation in operations):
+                await asyncio.to_thread(self.loader.update, self.authority.spd.dump(), self.authority.sysctl)
+
+    async def reload(self) -> str:
+        """Read the files again and take all of it over, or nothing.  ConfigError says why not."""
+        self.history.reloads += 1
+        try:
+            content = files.read(self.config.path)
+            _check_reload(self.config, content.config)
+            self.authority.become(content.sad, content.spd, content.config.sysctl, was=self._from_files)
+        except IpsecqError:
+            self.history.reload_failures += 1
+            self.history.reload_success = False
+            raise
+        self.content, self.config = content, content.config
+        self._from_files = {sa.key for sa in content.sad}
+        configure(content.config.log, journal=self._journal)
+        await self.publish()
+        self.history.reload_success, self.history.reload_time = True, time.time()
+        return self._summary()
+
+    async def _reload_by_signal(self) -> None:
+        self._notifier.reloading()
+        try:
+            log.info("reloaded: %s", await self.reload())
+        except IpsecqError as error:
+            log.error("reload refused, everything stays as it was: %s", error)
+        self._notifier.ready(self._summary())
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def _first_state(self, index: int) -> list[Operation]:
+        settings = self.loader.settings
+        setup = WorkerSetup(
+            self.config.daemon.queue_base + index, settings.mark_done, settings.mark_stolen,
+            self.config.nftables.enc_device, self.config.log, self._journal,
+        )  # fmt: skip
+        return [("setup", setup), *self.authority.whole_state()]
+
+    def _report(self, worker: WorkerHandle, report: dict[str, Any]) -> None:
+        """What a worker says.  It reads hostile packets, so nothing in it is taken on trust."""
+        try:
+            kind = report["kind"]
+            if kind == "path_mtu":
+                self.pool.broadcast([("path_mtu", bytes.fromhex(report["dst"]), int(report["mtu"]))], but=worker.index)
+            elif kind == "acquire":
+                log.info("an SA is wanted for %s", report.get("dst"))
+            elif kind == "expired":
+                self._expire()
+        except (KeyError, TypeError, ValueError):
+            log.warning("worker %d said something that makes no sense; ignored", worker.index)
+
+    # -- the kernel's news -------------------------------------------------------------------------------------------
+
+    def _devices(self) -> dict[int, str]:
+        """Devices that need an egress chain: all but loopback and our own."""
+        return {
+            link.index: link.name
+            for link in self.links.links.values()
+            if not link.loopback and link.name != self.config.nftables.enc_device
+        }
+
+    def _links_changed(self) -> None:
+        events = self.links.read()
+        known = self.loader.guarded
+        fresh = {
+            event.link.index: event.link.name
+            for event in events
+            if not event.gone
+            and not event.link.loopback
+            and event.link.name != self.config.nftables.enc_device
+            and known.get(event.link.index) != event.link.name
+        }
+        gone = [event.link.index for event in events if event.gone and event.link.index in known]
+        if fresh or gone:
+            self.spawn(self._guard(fresh, gone))
+        if events and hasattr(self, "pool"):
+            self.pool.broadcast([("routes_changed",)])
+
+    async def _guard(self, fresh: dict[int, str], gone: list[int]) -> None:
+        async with self._publishing:
+            for index in gone:
+                await asyncio.to_thread(self.loader.forget, index)
+            if fresh:
+                for device in await asyncio.to_thread(self.loader.guard, fresh):
+                    log.warning("%s: no egress chain possible: protected traffic to it is dropped", device)
+
+    def _ruleset_touched(self) -> None:
+        """Somebody changed nf_tables, perhaps we: look at the next tick, or at once when ours are gone."""
+        self._nft.drain()
+        self._repair_due = True
+
+    async def _repair(self) -> None:
+        async with self._publishing:
+            if await asyncio.to_thread(self.loader.is_loaded):
+                return
+            log.error("our nftables tables were changed or removed by somebody else: loaded again")
+            self.history.ruleset_repairs += 1
+            try:
+                await asyncio.to_thread(
+                    self.loader.replace, self.authority.spd.dump(), self.authority.sysctl, self._devices()
+                )
+                await asyncio.to_thread(self.loader.open_queues)
+            except NetfilterError as error:
+                log.error("%s", error)
+                self._repair_due = True
+
+    def total(self, counter: Counter) -> int:
+        """One counter, summed over the workers."""
+        return sum(worker.counters[counter] for worker in self.pool.workers)
+
+
+class _Lock:
+    """One daemon for a run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise DaemonError(f"{self._path}: another ipsecq serves this run directory; stop it first") from None
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _directory(path: Path, mode: int) -> None:
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DaemonError(f"{path}: {error.strerror}; make it, or run as root") from error
+
+
+def _check_reload(old: Config, new: Config) -> None:
+    """What cannot change while the daemon runs is refused, so that a reload never means half of what the file says."""
+    fixed = (
+        ("[daemon] workers", old.workers, new.workers),
+        ("[daemon] queue_base", old.daemon.queue_base, new.daemon.queue_base),
+        ("[daemon] state_dir", old.state_dir, new.state_dir),
+        ("[daemon] run_dir", old.run_dir, new.run_dir),
+        ("[daemon] group", old.daemon.group, new.daemon.group),
+        ("[nftables]", old.nftables, new.nftables),
+        ("[metrics]", old.metrics, new.metrics),
+    )
+    for name, before, after in fixed:
+        if before != after:
+            raise DaemonError(f"{new.path}: {name} cannot change in a reload: restart ipsecq for it")
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1])))
