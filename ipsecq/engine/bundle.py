@@ -14,12 +14,14 @@ MAX_TRANSFORMS = 4
 class Bundle:
     """The steps for one flow, innermost first, and what they do to a packet's size."""
 
-    __slots__ = ("_largest", "dst", "first", "single", "steps", "view")
+    __slots__ = ("_largest", "dst", "first", "single", "steps", "tunnels", "view")
 
     def __init__(self, steps: tuple[OutboundStep, ...], dst: bytes) -> None:
         self.steps = steps
         self.first = steps[0]
         self.single = len(steps) == 1
+        self.tunnels = any(step.tunnel for step in steps)
+        """The finished datagram has a header of our making."""
         self.dst = dst
         """Where the finished datagram goes: the outermost tunnel's far end, or the packet's own destination."""
         self.view = PacketView()

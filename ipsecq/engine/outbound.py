@@ -30,6 +30,12 @@ MAX_FLOWS: Final = 65536
 MAX_ACQUIRES: Final = 4096
 """Pairs whose last ACQUIRE is remembered for rate limiting."""
 
+TELL_SECONDS: Final = 1.0
+"""Between two ICMPv6 "packet too big" to one sender about one destination."""
+
+MAX_TOLD: Final = 4096
+"""Pairs of addresses whose last "packet too big" is remembered."""
+
 _OUT: Final = int(Direction.OUT)
 _MAX_PACKET: Final = 65535
 
@@ -70,6 +76,7 @@ class Outbound:
         self._steps: dict[tuple[SaKey, bool], OutboundStep] = {}
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
+        self._told: dict[tuple[bytes, bytes], float] = {}
         self._identification = int.from_bytes(tables.random(4), "big")
 
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
@@ -209,25 +216,24 @@ class Outbound:
     def _send_long(
         self, bundle: Bundle, packet: Buffer, view: PacketView, now: float, emit: Emissions, mtu: int, length: int
     ) -> int:
-        """A packet that would leave longer than ``mtu``: an ICMP error, or fragments.
+        """A packet that would leave longer than ``mtu``: an ICMP error, or fragments, or both.
 
-        The sender that forbids fragmentation (DF, IPv6) is told the tunnel's MTU.  Otherwise the finished datagram is
-        fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
+        An IPv4 sender that forbids fragmentation (DF) is told the tunnel's MTU and the packet is dropped.  An IPv6 sender
+        is told, too, now and then, but its packet goes on in fragments of the outer datagram: connection tracking may have
+        put it together out of fragments that did fit, and nothing tells the two apart.  Else the finished datagram
+        is fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
         """
         header = view.header_length
         room = bundle.largest(mtu, header)
-        strict = view.version == 6 or view.dont_fragment
-        if strict and not (view.version == 6 and view.length <= IPV6_MIN_MTU):
-            told = max(room, IPV6_MIN_MTU) if view.version == 6 else room
-            error = icmp.too_big(memoryview(packet)[: view.length], told, self._source_for(view.src))
-            if error:
-                self._counters[Counter.OUT_TOOBIG_SENT] += 1
-                emit.wire.append(error)
+        if view.version == 4 and view.dont_fragment:
+            self._tell_mtu(packet, view, room, emit)
             return Counter.IP_TOOBIG
+        if view.version == 6 and view.length > IPV6_MIN_MTU and self._may_tell(view, now):
+            self._tell_mtu(packet, view, max(room, IPV6_MIN_MTU), emit)
         if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
             return Counter.IP_FRAGMENT
         knobs = self._tables.sysctl.v4
-        before = length > _MAX_PACKET or (knobs.dfbit == 1 and len(bundle.dst) == 4 and view.version == 4)
+        before = length > _MAX_PACKET or (knobs.dfbit == 1 and len(bundle.dst) == 4 and bundle.tunnels)
         self._identification += 1
         if before and bundle.first.tunnel and view.version == 4:
             pieces = fragment(memoryview(packet)[: view.length], room, view.identification)
@@ -239,7 +245,7 @@ class Outbound:
                     return result
                 emit.wire.append(result)
             return _DONE
-        if length > _MAX_PACKET:
+        if before:
             return Counter.IP_TOOBIG
         result = bundle.apply(packet, view, now, emit)
         if isinstance(result, int):
@@ -250,3 +256,20 @@ class Outbound:
         self._counters[Counter.OUT_FRAGMENTED] += 1
         emit.wire.extend(fragment(result, mtu, self._identification & 0xFFFFFFFF))
         return _DONE
+
+    def _tell_mtu(self, packet: Buffer, view: PacketView, mtu: int, emit: Emissions) -> None:
+        """Send the sender an ICMP "fragmentation needed" or ICMPv6 "packet too big"."""
+        error = icmp.too_big(memoryview(packet)[: view.length], mtu, self._source_for(view.src))
+        if error:
+            self._counters[Counter.OUT_TOOBIG_SENT] += 1
+            emit.wire.append(error)
+
+    def _may_tell(self, view: PacketView, now: float) -> bool:
+        """True once in :data:`TELL_SECONDS` for a pair of addresses."""
+        pair = (view.src, view.dst)
+        if now - self._told.get(pair, 0.0) < TELL_SECONDS:
+            return False
+        if len(self._told) >= MAX_TOLD:
+            self._told.clear()
+        self._told[pair] = now
+        return True
