@@ -26,6 +26,7 @@ from typing import Final, NoReturn
 from ipsecq.errors import DaemonError
 from ipsecq.pfkey import seccomp
 from ipsecq.pfkey.notify import OptionHook, Responder
+from ipsecq.pfkey.socketpolicy import SocketPolicies
 
 NOT_EXECUTABLE: Final = 126
 NOT_FOUND: Final = 127
@@ -49,9 +50,21 @@ _REASONS: Final = {
 }
 
 
-def run(arguments: Sequence[str], pfkey_path: Path, option_hook: OptionHook | None = None) -> NoReturn:
-    """Run the program to its end and end as it did.  DaemonError when seccomp notification cannot be had here."""
+def run(
+    arguments: Sequence[str],
+    pfkey_path: Path,
+    option_hook: OptionHook | None = None,
+    *,
+    mark_done: int = 0x01000000,
+    mark_mask: int = 0x03000000,
+) -> NoReturn:
+    """Run the program to its end and end as it did.  DaemonError when seccomp notification cannot be had here.
+
+    Without ``option_hook`` a privileged program can have its sockets bypass all policies (IKE daemons do that), by the
+    marks given, and set no other policies for them.
+    """
     seccomp.architecture()
+    option_hook = option_hook or SocketPolicies(mark_done, mark_mask)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()

@@ -119,9 +119,6 @@ def hook(request):
         print(json.dumps([request.level, request.option, request.value.hex(), request.socket.family, list(name[:2]),
                           request.privileged]), file=out)
     return 0 if request.level == 0 else 1
-if log == "bypass":
-    from ipsecq.pfkey.socketpolicy import SocketPolicies
-    hook = SocketPolicies(0x01000000, 0x03000000)
 try:
     run(sys.argv[3:], Path(sys.argv[1]), None if log == "-" else hook)
 except IpsecqError as error:
@@ -337,8 +334,12 @@ def test_socket_policies_reach_the_hook_with_the_program_s_own_socket(server, pr
     assert PolicyExt.from_option(bytes.fromhex(four[2])).requests == [Request(50, 1, 2)]
 
 
-def test_without_a_hook_a_socket_policy_is_enoprotoopt(server, probe):
-    assert run(server.path, probe, "option", "00" * 16).stdout.split()[:2] == [str(errno.ENOPROTOOPT)] * 2
+def test_without_a_daemon_s_hook_a_privileged_program_can_bypass_and_no_more(server, probe):
+    bypass, ipsec = (PolicyExt(kind, 2).to_option().hex() for kind in (4, 2))
+    allowed = 0 if os.geteuid() == 0 else errno.EPERM
+    assert run(server.path, probe, "option", bypass).stdout.split()[:2] == [str(allowed)] * 2
+    refused = errno.EOPNOTSUPP if os.geteuid() == 0 else errno.EPERM
+    assert run(server.path, probe, "option", ipsec).stdout.split()[:2] == [str(refused)] * 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
@@ -427,7 +428,7 @@ class IkePeer:
         configuration.chmod(0o600)
         control = folder / f"control{number}"
         words = ["iked", "-dvv", "-s", str(control), "-f", str(configuration)]
-        self.process = host.popen(*command(self.server.path, *words, log="bypass"), log=self.log)
+        self.process = host.popen(*command(self.server.path, *words), log=self.log)
 
     @property
     def sas(self):
