@@ -41,11 +41,11 @@ def protocol_of(satype: int) -> Protocol | None:
     return Protocol(protocol)
 
 
-def need_protocol(satype: int) -> Protocol:
-    """Like :func:`protocol_of` where UNSPEC means nothing."""
+def need_protocol(satype: int, unspec: int = errno.EINVAL) -> Protocol:
+    """Like :func:`protocol_of` where UNSPEC means nothing; ``unspec`` is the errno for it."""
     protocol = protocol_of(satype)
     if protocol is None:
-        raise PfkeyError("SA type UNSPEC: this message needs AH, ESP or IPComp")
+        raise PfkeyError("SA type UNSPEC: this message needs AH, ESP or IPComp", unspec)
     return protocol
 
 
@@ -60,11 +60,11 @@ def need_addresses(message: Message) -> tuple[Address, Address]:
 
 
 def key_of(message: Message) -> SaKey:
-    """(destination, protocol, SPI) that DELETE and GET name; PfkeyError (EINVAL) when something lacks."""
+    """(destination, protocol, SPI) that DELETE and GET name; PfkeyError EINVAL, or ESRCH for SA type UNSPEC."""
     _, dst = need_addresses(message)
     if message.sa is None:
         raise PfkeyError("the SA extension is needed")
-    return SaKey(dst.address, int(need_protocol(message.satype)), message.sa.spi)
+    return SaKey(dst.address, int(need_protocol(message.satype, errno.ESRCH)), message.sa.spi)
 
 
 def mode_of(message: Message) -> Mode:
@@ -78,7 +78,7 @@ def mode_of(message: Message) -> Mode:
 def to_association(message: Message, dialect: Dialect, now: float, allow_legacy: bool) -> SecurityAssociation:
     """The SA that SADB_ADD or SADB_UPDATE describes, checked whole: PfkeyError EINVAL or, for algorithms, ENOSYS."""
     src, dst = need_addresses(message)
-    protocol = need_protocol(message.satype)
+    protocol = need_protocol(message.satype, errno.EPROTONOSUPPORT)
     ext = message.sa
     if ext is None:
         raise PfkeyError("the SA extension is needed")

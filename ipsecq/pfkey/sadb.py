@@ -19,7 +19,7 @@ from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import NatPort, Sa
 from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
-from ipsecq.sa.association import SaKey, SecurityAssociation
+from ipsecq.sa.association import Lifetime, SaKey, SecurityAssociation
 
 _TRIES = 64
 """Random draws before the range is searched from a random start: enough for any range that is not nearly full."""
@@ -49,7 +49,8 @@ class SaHandlers:
         spi = self._free_spi(dst.address, protocol, low, high, client.dialect)
         larval = SecurityAssociation(
             protocol, spi, src.address, dst.address, mode=mode, reqid=reqid, state=SaState.LARVAL,
-            seq=message.seq, pid=message.pid, created=now, label=f"pfkey:{message.pid}",
+            hard=Lifetime(addtime=int(LARVAL_LIFETIME)), seq=message.seq, pid=message.pid, created=now,
+            label=f"pfkey:{message.pid}",
         )  # fmt: skip
         self.database.add_sa(larval)
         self._larvals.append((now + LARVAL_LIFETIME, larval))
@@ -110,7 +111,8 @@ class SaHandlers:
             return
         sa = self._need(message)
         self.database.delete_sa(sa.key)
-        self.hub.broadcast(self._describe(sa, MessageType.DELETE, message.seq, message.pid))
+        gone = replace(sa, state=SaState.DEAD)
+        self.hub.broadcast(self._describe(gone, MessageType.DELETE, message.seq, message.pid))
 
     def _delete_all(self, message: Message) -> None:
         src, dst = saconvert.need_addresses(message)
