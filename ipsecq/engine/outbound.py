@@ -15,7 +15,7 @@ from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.emit import Acquire, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
-from ipsecq.numbers import IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
+from ipsecq.numbers import IPPROTO_TCP, IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
 from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import fragment
@@ -219,9 +219,10 @@ class Outbound:
         """A packet that would leave longer than ``mtu``: an ICMP error, or fragments, or both.
 
         An IPv4 sender that forbids fragmentation (DF) is told the tunnel's MTU and the packet is dropped.  An IPv6 sender
-        is told, too, now and then, but its packet goes on in fragments of the outer datagram: connection tracking may have
-        put it together out of fragments that did fit, and nothing tells the two apart.  Else the finished datagram
-        is fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
+        is told, too, now and then, but its packet goes on: connection tracking may have put it together out of
+        fragments that did fit, and nothing tells the two apart.  Such a packet is taken apart again before it enters the
+        tunnel, since no router behind it may; TCP, which nobody fragments, is not.  Else the finished datagram is
+        fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
         """
         header = view.header_length
         room = bundle.largest(mtu, header)
@@ -233,19 +234,27 @@ class Outbound:
         if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
             return Counter.IP_FRAGMENT
         knobs = self._tables.sysctl.v4
-        before = length > _MAX_PACKET or (knobs.dfbit == 1 and len(bundle.dst) == 4 and bundle.tunnels)
+        df = knobs.dfbit == 1 and len(bundle.dst) == 4 and bundle.tunnels
+        joined = view.version == 6 and view.protocol != IPPROTO_TCP and view.length > IPV6_MIN_MTU
+        before = length > _MAX_PACKET or df or joined
         self._identification += 1
-        if before and bundle.first.tunnel and view.version == 4:
-            pieces = fragment(memoryview(packet)[: view.length], room, view.identification)
+        if before and bundle.first.tunnel and (joined or view.version == 4):
+            identification = self._identification if joined else view.identification
+            # IPv6 links carry 1280 octets, whatever the tunnel has to do for it.
+            size = max(room, IPV6_MIN_MTU) if joined and not df else room
+            pieces = fragment(memoryview(packet)[: view.length], size, identification)
             self._counters[Counter.OUT_FRAGMENTED] += 1
             for piece in pieces:
                 self._piece.load(piece)
                 result = bundle.apply(piece, self._piece, now, emit)
                 if isinstance(result, int):
                     return result
-                emit.wire.append(result)
-            return _DONE
-        if before:
+                if len(result) <= mtu:
+                    emit.wire.append(result)
+                else:
+                    emit.wire.extend(fragment(result, mtu, self._identification & 0xFFFFFFFF))
+            return _DONE if pieces else Counter.IP_TOOBIG
+        if length > _MAX_PACKET or df:
             return Counter.IP_TOOBIG
         result = bundle.apply(packet, view, now, emit)
         if isinstance(result, int):

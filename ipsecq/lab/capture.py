@@ -130,7 +130,7 @@ class Capture:
         self.space, self.device = space, device
         self.path: Path = space.lab.directory / f"{space.role}-{device}-{next(_serial)}.pcap"
         self._log = self.path.with_suffix(".log")
-        self._argv = ["tcpdump", "-n", "-i", device, "-U", "-B", "65536", "-Z", "root", "-s", str(snaplen)]
+        self._argv = ["tcpdump", "-n", "-i", device, "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-s", str(snaplen)]
         self._argv += ["-w", str(self.path), *expression.split()]
 
     def __enter__(self) -> Capture:
