@@ -34,13 +34,22 @@ def test_tcp_and_udp_cross_a_wire_of_any_mtu(make_world, mtu, router):
     assert in_clear(wire.frames(), one.lan4, two.lan4, one.lan6, two.lan6) == []
 
 
+def route_mtu(host, destination):
+    """The path MTU that a host has learned towards a destination."""
+    found = re.search(r"mtu (\d+)", host.run("ip", "route", "get", destination).stdout)
+    return int(found[1]) if found else 1500
+
+
 @pytest.mark.parametrize("mtu", [1280, 1400, 1500])
 def test_a_sender_with_df_learns_the_tunnels_mtu(make_world, mtu):
     world = make_world(lan_mtu=1500, wire_mtu=mtu)
     one, two = world.network.sites
-    assert ping(one.host, two.host4, count=2, size=1472, df=True, wait=0.5) == 0
-    route = one.host.run("ip", "route", "get", two.host4).stdout
-    learned = int(re.search(r"mtu (\d+)", route)[1])
+    # The kernel's own forwarding answers first, with the link's MTU; what then fits the link meets the tunnel's.
+    learned = 1500
+    for _ in range(3):
+        if ping(one.host, two.host4, count=1, size=learned - 28, df=True, wait=0.5):
+            break
+        learned = route_mtu(one.host, two.host4)
     # AES-GCM in an IPv4 tunnel: outer header 20, ESP header 8, IV 8, ICV 16, trailer 2, padding to four octets.
     assert mtu - 57 <= learned <= mtu - 54
     assert ping(one.host, two.host4, count=3, size=learned - 28, df=True) == 3
@@ -50,8 +59,8 @@ def test_a_sender_with_df_learns_the_tunnels_mtu(make_world, mtu):
 def test_an_ipv6_sender_learns_the_tunnels_mtu(make_world, mtu):
     world = make_world(lan_mtu=1500, wire_mtu=mtu)
     one, two = world.network.sites
-    ping(one.host, two.host6, count=1, size=1452, wait=0.5)
-    route = one.host.run("ip", "-6", "route", "get", two.host6).stdout
-    learned = int(re.search(r"mtu (\d+)", route)[1])
+    for _ in range(2):
+        ping(one.host, two.host6, count=1, size=1452, wait=0.5)
+    learned = route_mtu(one.host, two.host6)
     assert mtu - 77 <= learned <= mtu - 74
     assert ping(one.host, two.host6, count=3, size=1452) == 3  # in fragments now
