@@ -205,13 +205,16 @@ class Inbound:
         return ready
 
     def _enter_tunnel(self, inner: bytes, outer_tos: int, invalid: Counter) -> bytes | int:
-        """Load the packet that came out of a tunnel; carry the outer ECN field over (RFC 6040)."""
+        """Load the packet that came out of a tunnel; carry the outer ECN field over (RFC 6040).
+
+        The knob ``ecn`` is that of the tunnel's family, as on the way out.
+        """
         view = self._view
+        knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
         if not view.load(inner):
             return invalid
         if view.length != len(inner):
             inner = inner[: view.length]  # TFC padding (RFC 4303 section 2.7)
-        knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
         outer = outer_tos & 3
         if outer and knobs.ecn != ECN_NOCARE:
             ecn = decapsulated_ecn(view.tos & 3, outer)
@@ -229,13 +232,13 @@ class Inbound:
         view = self._view
         if not opened and view.protocol in {IPPROTO_ICMP, IPPROTO_ICMPV6} and self._pmtu.is_about_us(packet, view, emit):
             return _ABSORBED
-        later = view.fragment_word & 0x1FFF != 0
-        key = (view.src, view.dst, view.protocol, view.sport, view.dport, later, opened)
+        fragment = view.fragment_word & 0x3FFF != 0  # the first one too: fragments have no ports
+        key = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment, opened)
         verdict = self._verdicts.get(key)
         if verdict is None:
             knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
             policy = self._tables.spd.lookup(_IN, *key[:6])
-            verdict = history.check(policy, opened, knobs)
+            verdict = history.check(policy, opened, knobs, view.src, view.dst)
             if len(self._verdicts) >= MAX_FLOWS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict

@@ -23,6 +23,7 @@ from ipsecq.packet.view import PacketView
 from ipsecq.policy.levels import resolve_level
 from ipsecq.policy.model import Policy, Transform
 from ipsecq.sa.association import SaKey
+from ipsecq.sysctl import FamilyKnobs
 
 MAX_FLOWS: Final = 65536
 """Entries of the flow cache; when it is full it is emptied, which costs each live flow one SPD look-up."""
@@ -94,8 +95,9 @@ class Outbound:
         counters[_OUT_BYTES] += view.length
         if self._generation != self._tables.generation():
             self._forget()
-        later = view.fragment_word & 0x1FFF != 0
-        flow = (view.src, view.dst, view.protocol, view.sport, view.dport, later)
+        # Fragments have no ports, the first one neither: all pieces of a datagram get one policy (BSD).
+        fragment = view.fragment_word & 0x3FFF != 0
+        flow = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment)
         decision = self._flows.get(flow)
         if decision is None:
             counters[_FLOW_MISS] += 1
@@ -128,35 +130,41 @@ class Outbound:
 
     def _decide(self, flow: tuple[bytes, bytes, int, int, int, bool], now: float, emit: Emissions) -> Bundle | int:
         """What happens to a flow; remembered unless it waits for an SA."""
-        src, dst, protocol, sport, dport, later = flow
+        src, dst, protocol, sport, dport, fragment = flow
         knobs = self._tables.sysctl.v4 if len(src) == 4 else self._tables.sysctl.v6
-        policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, later)
+        policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, fragment)
         decision: Bundle | int
-        wanted = None
+        wanted: list[Acquire] = []
         if policy is None:
             decision = Counter.OUT_DISCARD if knobs.def_policy == 0 else _PASS
         elif policy.action is Action.IPSEC:
-            decision, wanted = self._bundle(policy, src, dst)
+            decision, wanted = self._bundle(policy, src, dst, knobs)
         else:
             decision = Counter.OUT_DISCARD if policy.action is Action.DISCARD else _PASS
-        if wanted is not None:
-            self._acquire(wanted, now, emit)
+        if wanted:
+            for acquire in wanted:
+                self._acquire(acquire, now, emit)
             return decision
         if len(self._flows) >= MAX_FLOWS:
             self._flows.clear()
         self._flows[flow] = decision
         return decision
 
-    def _bundle(self, policy: Policy, src: bytes, dst: bytes) -> tuple[Bundle | int, Acquire | None]:
-        """The steps of ``policy`` for a packet from ``src`` to ``dst``, and the SA that is missing, if one is."""
+    def _bundle(
+        self, policy: Policy, src: bytes, dst: bytes, knobs: FamilyKnobs
+    ) -> tuple[Bundle | int, list[Acquire]]:
+        """The steps of ``policy`` for a packet from ``src`` to ``dst``, and the SAs that are missing.
+
+        A packet that is held waits for the last one of these.  ``knobs`` are those of the policy's family, whatever the
+        family of its tunnels: inbound, and in the kernel's rules, a level means the same.
+        """
         tables = self._tables
         steps: list[OutboundStep] = []
-        wanted = None
+        wanted: list[Acquire] = []
         for transform in policy.transforms:
-            knobs = tables.sysctl.v4 if len(src) == 4 else tables.sysctl.v6
             enabled, disabled = _DISABLED[transform.protocol]
             if not getattr(knobs, enabled):
-                return disabled, None
+                return disabled, []
             tunnel = transform.mode is Mode.TUNNEL
             near = transform.src or src
             far = transform.dst or dst
@@ -165,7 +173,7 @@ class Outbound:
                 oldest=tables.sysctl.key.preferred_oldsa != 0,
             )  # fmt: skip
             if sa is None:
-                wanted = self._wanted(policy, transform, near, far)
+                wanted.append(self._wanted(policy, transform, near, far))
                 if resolve_level(transform, knobs) is not Level.USE:
                     return _HOLD, wanted
                 continue
