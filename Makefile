@@ -22,34 +22,34 @@ help: ## show this
 	@echo '  make test PYTEST="tests/unit -k replay"  passes arguments on to pytest; bench takes BENCH=, all take PYTHON='
 
 demo: ## two gateways and two hosts in network namespaces, real traffic through ESP (root)
-	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
-	@tools/need-venv $(VENV)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.lab.demo $(DEMO)
 
 test: ## the whole test suite, linters included (root)
-	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_TEST)
-	@tools/need-venv $(VENV) test
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_TEST)
+	@.ci/need-venv $(VENV) test
 	@$(VENV)/bin/python -m pytest $(PYTEST)
 
 check: ## ruff, mypy --strict, and the contract that imports only point down
-	@tools/need-packages $(PACKAGES_BUILD)
-	@tools/need-venv $(VENV) test
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV) test
 	@$(VENV)/bin/ruff check --quiet --output-format=concise .
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/lint-imports --no-logo >/dev/null || $(VENV)/bin/lint-imports
 	@echo "check: clean"
 
 bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it (root)
-	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
-	@tools/need-venv $(VENV) lab
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@.ci/need-venv $(VENV) lab
 	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
 
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
-	@tools/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)
-	@tools/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)
+	@.ci/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
 
 uninstall: ## take it away again; /etc/ipsecq and /var/lib/ipsecq stay (root)
-	@tools/uninstall '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+	@.ci/uninstall '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
 
 clean: ## remove the virtual environment and everything generated
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -136,7 +136,12 @@ def exec_(context: typer.Context, config: ConfigOption = configuration.DEFAULT_P
 
     if not context.args:
         raise typer.BadParameter("name a program: ipsecq exec -- PROGRAM ARGUMENTS")
-    execution.run(context.args, configuration.load(config).pfkey_socket)
+    settings = configuration.load(config)
+    marks = settings.nftables
+    execution.run(
+        context.args, settings.pfkey_socket,
+        mark_done=marks.mark_done, mark_mask=marks.mark_done | marks.mark_stolen,
+    )  # fmt: skip
 
 
 @app.command()

@@ -23,6 +23,8 @@ from ipsecq.sa.association import SaKey, SecurityAssociation, Slot
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
+PFKEY_LABEL: Final = "pfkey:"
+"""Begins the label of whatever came over PF_KEY."""
 _STATE: Final = int(Slot.STATE)
 
 
@@ -39,6 +41,11 @@ class Authority:
         self._book = book
         self._operations: list[Operation] = []
         self._retiring: list[int] = []
+
+    @property
+    def changed(self) -> bool:
+        """Are there operations that :meth:`take` has not given out yet?"""
+        return bool(self._operations)
 
     # -- for the workers ---------------------------------------------------------------------------------------------
 
@@ -60,7 +67,8 @@ class Authority:
         for name, value in self.sysctl.all().items():
             yield ("sysctl", name, value)
         for sa in self.sad:
-            yield ("sa_put", sa)
+            if sa.state is not SaState.LARVAL:
+                yield ("sa_put", sa)
         yield ("spd_replace", self.spd.dump())
 
     # -- SAs ---------------------------------------------------------------------------------------------------------
@@ -73,13 +81,18 @@ class Authority:
         except BaseException:
             self.sad.delete(sa.dst, sa.protocol, sa.spi)
             raise
-        self._operations.append(("sa_put", sa))
+        # A larval SA only keeps its SPI from others: packets have no use for it.
+        if sa.state is not SaState.LARVAL:
+            self._operations.append(("sa_put", sa))
         return sa
 
     def update_sa(self, sa: SecurityAssociation, *, passing: bool = False) -> None:
         """Put ``sa`` in the place of the one with its key.  SadError ESRCH."""
         old = self.sad.get(sa.dst, sa.protocol, sa.spi)
         self._enroll(sa, passing)
+        if old.state is not SaState.LARVAL and sa.slot == old.slot and sa.slot >= 0:
+            # New limits, new judgement: what a worker said about the old ones no longer counts.
+            self._table.words[sa.slot + _STATE] = 0
         self.sad.update(sa)
         if old.slot != sa.slot and old.slot >= 0:
             self._retiring.append(old.slot)
@@ -91,12 +104,21 @@ class Authority:
         self._gone(sa)
         return sa
 
+    def flush_sas(self, protocol: int | None = None) -> list[SecurityAssociation]:
+        """Remove all SAs (of one protocol); return them."""
+        gone = self.sad.flush(protocol)
+        for sa in gone:
+            self._gone(sa)
+        return gone
+
     def set_state(self, sa: SecurityAssociation, state: SaState) -> None:
         """Soft limit reached: DYING.  (At the hard limit an SA is deleted.)"""
         self.sad.set_state(sa, state)
         self._operations.append(("sa_state", sa.dst, int(sa.protocol), sa.spi, int(state)))
 
     def _gone(self, sa: SecurityAssociation) -> None:
+        if sa.state is SaState.LARVAL:
+            return
         self.problems.pop(sa.key, None)
         self._operations.append(("sa_delete", sa.dst, int(sa.protocol), sa.spi))
         if sa.slot >= 0:
@@ -117,11 +139,14 @@ class Authority:
         if problem:
             self.problems[sa.key] = self._book.refusal(sa.slot, sa.spi) or problem
 
-    def expire(self, now: float) -> list[tuple[SecurityAssociation, bool]]:
-        """Judge every SA's lifetimes; (SA, hard) for each that reached one since the last call.  Hard ones are gone."""
+    def expire(self, now: float, key: SaKey | None = None) -> list[tuple[SecurityAssociation, bool]]:
+        """Judge every SA's lifetimes; (SA, hard) for each that reached one since the last call.  Hard ones are gone.
+
+        ``key``: look at this SA only.
+        """
         found: list[tuple[SecurityAssociation, bool]] = []
         words = self._table.words
-        for sa in self.sad.dump():
+        for sa in self.sad.dump() if key is None else [self.sad.get(*key)] if key in self.sad else []:
             if sa.slot < 0 or sa.state not in {SaState.MATURE, SaState.DYING}:
                 continue
             state = lifetime.judge(sa, words, now)
@@ -131,11 +156,15 @@ class Authority:
             elif state is SaState.DYING and sa.state is SaState.MATURE:
                 self.set_state(sa, SaState.DYING)
                 found.append((sa, False))
-        for sa in self.sad.expired_larval(now, self.sysctl.key.larval_lifetime):
-            found.append((sa, True))
-        for policy in self.spd.expired(now):
-            self._operations.append(("spd_delete", policy.id))
+        if key is None:
+            found += [(sa, True) for sa in self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)]
         return found
+
+    def expire_policies(self, now: float) -> list[Policy]:
+        """Remove the policies whose lifetime is over; return them."""
+        gone = self.spd.expired(now)
+        self._operations += [("spd_delete", policy.id) for policy in gone]
+        return gone
 
     # -- policies and knobs ------------------------------------------------------------------------------------------
 
@@ -175,8 +204,9 @@ class Authority:
     def become(self, sad: Sad, spd: Spd, sysctl: Mapping[str, int], *, was: Iterable[SaKey] = ()) -> None:
         """Take over what the files say.  SAs, policies and knobs that they do not change stay as they are.
 
-        ``was``: what the files said before; such SAs go when the files no longer have them.  SAs of key management
-        stay.  Nothing is changed when a slot or the disk fails for the first new SA; the caller has checked all else.
+        ``was``: what the files said before; such SAs go when the files no longer have them.  SAs and policies that
+        came over PF_KEY stay, except where the files now have their own.  Nothing is changed when a slot or the disk
+        fails for the first new SA; the caller has checked all else.
         """
         for sa in sad.dump():
             old = self.sad.get(sa.dst, sa.protocol, sa.spi) if sa.key in self.sad else None
@@ -189,7 +219,14 @@ class Authority:
             if key not in wanted and key in self.sad:
                 self.delete_sa(key)
         before = [(policy.id, policy) for policy in self.spd.dump()]
-        self.spd.replace_all(spd.dump())
+        files = [replace(policy, id=0) for policy in spd.dump()]
+        mine = {(policy.direction, policy.selector) for policy in files}
+        others = [
+            policy
+            for _, policy in before
+            if policy.label.startswith(PFKEY_LABEL) and (policy.direction, policy.selector) not in mine
+        ]
+        self.spd.replace_all([*others, *files])
         if before != [(policy.id, policy) for policy in self.spd.dump()]:
             self._operations.append(("spd_replace", self.spd.dump()))
         for name, value in Sysctl(sysctl).all().items():

@@ -50,6 +50,8 @@ class DaemonConfig:
     """Members may read the status over the control socket; empty: root and the daemon's own user alone."""
     allow_legacy: bool = False
     """Accept DES, 3DES and MD5."""
+    pfkey_freebsd: bool = False
+    """Open a second PF_KEY socket, ``pfkey.freebsd`` in the run directory, for programs built on FreeBSD's headers."""
     on_stop: str = _among("block", "block", "remove")
     """What a clean stop leaves: ``block`` keeps protected traffic blocked, ``remove`` lets it pass in clear."""
 

@@ -11,6 +11,7 @@ Operations, by name (first item of the tuple) and arguments:
     sysctl NAME VALUE
     path_mtu DST MTU           learned by another worker
     routes_changed
+    acquire_failed PROTOCOL SRC DST REQID   packets that wait for such an SA need not wait longer
     stop
 """
 
@@ -41,6 +42,7 @@ class Replica:
         self.sysctl = Sysctl()
         self.on_path_mtu: Callable[[bytes, int], Any] = lambda dst, mtu: None
         self.on_routes_changed: Callable[[], Any] = lambda: None
+        self.on_acquire_failed: Callable[[int, bytes, bytes, int], Any] = lambda protocol, src, dst, reqid: None
         self.stopping = False
         self._operations: dict[str, Callable[..., None]] = {
             "sa_put": self._sa_put,
@@ -52,6 +54,7 @@ class Replica:
             "sysctl": self._sysctl,
             "path_mtu": self._path_mtu,
             "routes_changed": self._routes_changed,
+            "acquire_failed": self._acquire_failed,
             "stop": self._stop,
         }
 
@@ -102,6 +105,9 @@ class Replica:
 
     def _routes_changed(self) -> None:
         self.on_routes_changed()
+
+    def _acquire_failed(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> None:
+        self.on_acquire_failed(protocol, src, dst, reqid)
 
     def _stop(self) -> None:
         self.stopping = True

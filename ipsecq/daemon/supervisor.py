@@ -26,6 +26,7 @@ from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
 from ipsecq.daemon.control import ControlServer
+from ipsecq.daemon.keys import KeyService
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.log import LOGGER, configure
 from ipsecq.daemon.messages import Operation, WorkerSetup
@@ -134,6 +135,11 @@ class Supervisor:
         control = ControlServer(config.control_socket, config.daemon.group, self.requests.handle)
         await control.start()
         stack.push_async_callback(control.close)
+        self.keys = KeyService(self.authority, config, self.publish, self.spawn, self._acquire_failed)
+        stack.callback(self.keys.close)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.keys.fileno(), self.keys.on_readable)
+        stack.callback(loop.remove_reader, self.keys.fileno())
         if config.metrics_address is not None:
             metrics = MetricsServer(*config.metrics_address, self.sampler)
             metrics.start()
@@ -202,6 +208,7 @@ class Supervisor:
             if self.pool.check():
                 self._notifier.feed()
             self._expire()
+            self.keys.tick()
             for sa in self.authority.sad:
                 if sa.slot >= 0:
                     self._top_up(sa.slot)
@@ -217,12 +224,21 @@ class Supervisor:
                 log.error("state: %s", error)
                 self._last_problem = str(error)
 
-    def _expire(self) -> None:
-        expired = self.authority.expire(time.time())
+    def _expire(self, key: SaKey | None = None) -> None:
+        """Lifetimes of all SAs and policies, or of the SA that a worker names."""
+        now = time.time()
+        expired = self.authority.expire(now, key)
         for sa, hard in expired:
             log.info("SA 0x%08x reached its %s limit", sa.spi, "hard" if hard else "soft")
-        if expired:
+        self.keys.expired(expired)
+        if key is None:
+            self.keys.policies_expired(self.authority.expire_policies(now))
+        if self.authority.changed:
             self.spawn(self.publish())
+
+    def _acquire_failed(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> None:
+        """Key management gave up: what waits for the SA has no hope."""
+        self.pool.broadcast([("acquire_failed", protocol, src, dst, reqid)])
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run beside the main loop; an error of ours is logged, not lost."""
@@ -294,9 +310,14 @@ class Supervisor:
             if kind == "path_mtu":
                 self.pool.broadcast([("path_mtu", bytes.fromhex(report["dst"]), int(report["mtu"]))], but=worker.index)
             elif kind == "acquire":
-                log.info("an SA is wanted for %s", report.get("dst"))
+                self.keys.acquire(
+                    int(report["policy"]), int(report["protocol"]), int(report["mode"]),
+                    bytes.fromhex(report["src"]), bytes.fromhex(report["dst"]), int(report["reqid"]),
+                )  # fmt: skip
             elif kind == "expired":
-                self._expire()
+                self._expire(_reported_key(report))
+            elif kind == "moved":
+                self.keys.moved(_reported_key(report), bytes.fromhex(report["src"]), int(report["sport"]))
         except (KeyError, TypeError, ValueError):
             log.warning("worker %d said something that makes no sense; ignored", worker.index)
 
@@ -386,6 +407,10 @@ def _directory(path: Path, mode: int) -> None:
         raise DaemonError(f"{path}: {error.strerror}; make it, or run as root") from error
 
 
+def _reported_key(report: dict[str, Any]) -> SaKey:
+    return SaKey(bytes.fromhex(report["dst"]), int(report["protocol"]), int(report["spi"]))
+
+
 def _check_reload(old: Config, new: Config) -> None:
     """What cannot change while the daemon runs is refused, so that a reload never means half of what the file says."""
     fixed = (
@@ -394,6 +419,7 @@ def _check_reload(old: Config, new: Config) -> None:
         ("[daemon] state_dir", old.state_dir, new.state_dir),
         ("[daemon] run_dir", old.run_dir, new.run_dir),
         ("[daemon] group", old.daemon.group, new.daemon.group),
+        ("[daemon] pfkey_freebsd", old.daemon.pfkey_freebsd, new.daemon.pfkey_freebsd),
         ("[nftables]", old.nftables, new.nftables),
         ("[metrics]", old.metrics, new.metrics),
     )

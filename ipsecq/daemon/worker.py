@@ -152,6 +152,7 @@ class Worker:
             on_events=self._reports.events,
         )
         replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
+        replica.on_acquire_failed = self._loop.drop_held
         replica.on_routes_changed = path_mtu.invalidate
         # What lives now lives on: the collector need not look at it again.
         gc.collect()

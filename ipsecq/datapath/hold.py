@@ -53,6 +53,10 @@ class Holder:
             self._drop_first(next(iter(self._packets)))
         return self.dropped - before
 
+    def held(self) -> list[Hashable]:
+        """What packets wait for, oldest first."""
+        return list(self._packets)
+
     def release(self, key: Hashable) -> list[bytes]:
         """Give back the packets of a key, oldest first, and forget them."""
         kept = self._packets.pop(key, [])

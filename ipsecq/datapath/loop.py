@@ -20,7 +20,7 @@ from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
-from ipsecq.engine.emit import Emissions, Event, PathMtuLearned
+from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
 from ipsecq.packet.fragments import fragment
@@ -330,3 +330,12 @@ class WorkerLoop:
                 found += 1
         self._send()
         return found
+
+    def drop_held(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> int:
+        """Drop the packets that wait for an SA of this kind: nobody can make it.  Returns how many."""
+        dropped = 0
+        for key in self._holder.held():
+            if isinstance(key, Acquire) and (key.protocol, key.src, key.dst, key.reqid) == (protocol, src, dst, reqid):
+                dropped += len(self._holder.release(key))
+        self._counters[Counter.OUT_NOSA] += dropped
+        return dropped

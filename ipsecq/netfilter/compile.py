@@ -49,6 +49,22 @@ def worker_chains(settings: NetfilterSettings) -> dict[str, tuple[int, int, bool
     return chains
 
 
+def worker_suffixes(settings: NetfilterSettings) -> list[str]:
+    """What the names of chains of one worker, and of all, end in."""
+    return [*map(str, range(settings.workers)), "spread"]
+
+
+def guard_set(guarded: Mapping[int, str]) -> Iterator[str]:
+    """The set of devices that have our egress chain.
+
+    By index and name: a device that goes and comes back under its old name is not trusted before it has an egress chain
+    of its own, and neither is a renamed one (from kernel 6.16 on an egress chain is bound to a name).
+    """
+    devices = ", ".join(guard_element(index, device) for index, device in guarded.items())
+    elements = f" elements = {{ {devices} }};" if guarded else ""
+    yield f"set guarded {{ type iface_index . ifname;{elements} }}"
+
+
 def compile_ruleset(
     policies: Iterable[Policy],
     settings: NetfilterSettings,
@@ -66,7 +82,7 @@ def compile_ruleset(
     table = settings.table
     lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
     lines += ["  " + line for line in _skeleton(settings, sysctl, guarded or {})]
-    lines += ["}", *plan.update(policies, sysctl), *_defaults(settings, sysctl)]
+    lines += ["}", *plan.update(policies, sysctl), *inner_and_defaults(settings, sysctl)]
     lines += [f'include "{path}"' for path in settings.inner_files]
     return "\n".join(lines) + "\n" + compile_egress(guarded or {}, settings)
 
@@ -76,7 +92,12 @@ def compile_update(policies: Iterable[Policy], settings: NetfilterSettings, sysc
 
     Costs set commands for what changed only; with nothing changed it rewrites the two default chains, no more.
     """
-    return "\n".join([*plan.update(policies, sysctl), *_defaults(settings, sysctl)]) + "\n"
+    return compile_commands(plan.update(policies, sysctl), settings, sysctl)
+
+
+def compile_commands(commands: Iterable[str], settings: NetfilterSettings, sysctl: Sysctl) -> str:
+    """The same from the commands of :meth:`Plan.update`."""
+    return "\n".join([*commands, *inner_and_defaults(settings, sysctl)]) + "\n"
 
 
 def compile_block(settings: NetfilterSettings) -> str:
@@ -148,18 +169,15 @@ def compile_remove(settings: NetfilterSettings) -> str:
 def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int, str]) -> Iterator[str]:
     for counter in COUNTERS:
         yield f"counter {counter} {{ }}"
-    # Index and name: a device that goes and comes back under its old name is not trusted before it has an egress chain
-    # of its own, and neither is a renamed one (from kernel 6.16 on an egress chain is bound to a name).
-    devices = ", ".join(guard_element(index, device) for index, device in guarded.items())
-    elements = f" elements = {{ {devices} }};" if guarded else ""
-    yield f"set guarded {{ type iface_index . ifname;{elements} }}"
+    yield from guard_set(guarded)
     for chain, (_, _, bypass) in worker_chains(settings).items():
         yield f"chain {chain} {{ {'accept' if bypass else BLOCK}; }}"
-    for suffix in (*map(str, range(settings.workers)), "spread"):
-        yield f"chain out_worker_{suffix} {{"
-        yield "  oif . oifname != @guarded counter name out_unguarded_dropped drop"
-        yield f"  goto worker_{suffix}"
-        yield "}"
+    for suffix in worker_suffixes(settings):
+        for chain in ("out_worker", "out_use"):
+            yield f"chain {chain}_{suffix} {{"
+            yield "  oif . oifname != @guarded counter name out_unguarded_dropped drop"
+            yield f"  goto worker_{suffix}"
+            yield "}"
         yield f"chain out_open_{suffix} {{"
         yield "  oif . oifname != @guarded accept"
         yield f"  goto open_{suffix}"
@@ -220,8 +238,8 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
     if settings.socket_match:
         done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
         yield f"  meta l4proto {{ tcp, udp }} socket mark & {done} accept"
-    yield from _exempt(settings)
-    yield from _policies("in")
+    yield from exempt(settings)
+    yield from policy_jumps("in")
 
 
 def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
@@ -230,25 +248,28 @@ def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
     yield f"  {settings.done} accept"
     if not settings.loopback:
         yield '  oif "lo" accept'
-    yield from _exempt(settings)
-    yield from _policies("out")
+    yield from exempt(settings)
+    yield from policy_jumps("out")
 
 
-def _exempt(settings: NetfilterSettings) -> Iterator[str]:
+def exempt(settings: NetfilterSettings) -> Iterator[str]:
+    """Rules that leave alone what no link works without."""
     if settings.neighbour_discovery:
         yield "  icmpv6 type { 133, 134, 135, 136, 137 } ip6 hoplimit 255 accept"
         # Switches that snoop MLD forward solicitations only to where a report came from.
         yield "  icmpv6 type { 130, 131, 132, 143 } ip6 hoplimit 1 accept"
 
 
-def _policies(side: str) -> Iterator[str]:
+def policy_jumps(side: str) -> Iterator[str]:
+    """The end of a base chain: policies by family, then the default."""
     yield f"  meta nfproto ipv4 jump policy_{side}_ipv4"
     yield f"  meta nfproto ipv6 jump policy_{side}_ipv6"
     yield f"  jump default_{side}"
     yield "}"
 
 
-def _defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
+def inner_and_defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
+    """Commands that make the chains of ``def_policy`` and ``filtertunnel`` say what the knobs say."""
     table = settings.table
     families: tuple[tuple[str, FamilyKnobs], ...] = (("ipv4", sysctl.v4), ("ipv6", sysctl.v6))
     for side in ("in", "out"):

@@ -17,15 +17,16 @@ from ipsecq.netfilter import compat
 from ipsecq.netfilter import nfnetlink as nl
 from ipsecq.netfilter.compile import (
     compile_block,
+    compile_commands,
     compile_guard,
     compile_remove,
     compile_ruleset,
     compile_unguard,
-    compile_update,
     egress_chain,
     worker_chains,
 )
 from ipsecq.netfilter.plan import Plan
+from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.model import Policy
 from ipsecq.sysctl import Sysctl
@@ -61,10 +62,14 @@ class Loader:
     (or ``remove``).  Between them ``update`` with every change of SPD or knobs and ``guard`` with every new link.
     """
 
-    def __init__(self, settings: NetfilterSettings, mechanism: str | None = None) -> None:
+    def __init__(
+        self, settings: NetfilterSettings, mechanism: str | None = None, sentinel: Sentinel | None = None
+    ) -> None:
         self.settings = settings
         self.mechanism = mechanism
         """How packets are queued, NATIVE or COMPAT; None until it is known (the first ``open_queues`` tries)."""
+        self.sentinel = sentinel
+        """The second line of defence, kept in step; None where the kernel has no owned tables."""
         self.guarded: dict[int, str] = {}
         self._plan: Plan | None = None
         self._open = False
@@ -93,6 +98,11 @@ class Loader:
 
     def _load_all(self, policies: list[Policy], sysctl: Sysctl, guarded: Mapping[int, str]) -> None:
         plan = Plan(self.settings.table, self.settings.workers)
+        # The sentinel first: from the first instant something drops, and while this replaces a flushed table
+        # nothing gets around it.
+        if self.sentinel is not None:
+            commands = Plan(self.settings.table, self.settings.workers).update(policies, sysctl)
+            self.sentinel.load(commands, sysctl, guarded)
         run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan))
         self._plan, self._open = plan, False
         self._expect()
@@ -100,19 +110,32 @@ class Loader:
     def update(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
         """Change to these policies and knobs in one transaction, without touching queues and devices.
 
-        After a failure (or when nothing was loaded) the next call replaces the whole ruleset and opens the queues
-        again if they were open.
+        When nothing is loaded any more, or after a failure, it replaces the whole ruleset and opens the queues again
+        if they were open.
         """
         plan, self._plan = self._plan, None
         if plan is None:
-            was_open = self._open
-            self.replace(policies, sysctl)
-            if was_open:
-                self.open_queues()
+            self._restore(policies, sysctl)
             return
-        run_nft(compile_update(policies, self.settings, sysctl, plan))
+        policies = list(policies)
+        commands = plan.update(policies, sysctl)
+        try:
+            run_nft(compile_commands(commands, self.settings, sysctl))
+        except NetfilterError:
+            if self.is_loaded():
+                raise
+            self._restore(policies, sysctl)  # somebody flushed our tables, and this is how we learn it
+            return
+        if self.sentinel is not None:
+            self.sentinel.update(commands, sysctl)
         self._plan = plan
         self._expect()
+
+    def _restore(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+        was_open = self._open
+        self.replace(policies, sysctl)
+        if was_open:
+            self.open_queues()
 
     def where(self, policy: int) -> list[str]:
         """Names of the maps and chains that hold a policy, for ``explain``."""
@@ -168,6 +191,9 @@ class Loader:
 
     def remove(self) -> None:
         """Take our tables away: policies are enforced no more."""
+        if self.sentinel is not None:
+            self.sentinel.close()
+            self.sentinel = None
         run_nft(compile_remove(self.settings))
         self._plan, self._open, self._expected, self.guarded = None, False, {}, {}
 
@@ -184,17 +210,22 @@ class Loader:
         for index in fresh:
             self.forget(index)  # renamed: its chain may be bound to the old name
         try:
-            run_nft(compile_guard(fresh, self.settings))
-            self.guarded.update(fresh)
+            self._guard(fresh)
         except NetfilterError:
             for index, name in fresh.items():
                 try:
-                    run_nft(compile_guard({index: name}, self.settings))
-                    self.guarded[index] = name
+                    self._guard({index: name})
                 except NetfilterError:
                     failed.append(name)
         self._expect()
         return failed
+
+    def _guard(self, devices: dict[int, str]) -> None:
+        if self.sentinel is not None:
+            self.sentinel.forget(devices)
+            self.sentinel.guard(devices)
+        run_nft(compile_guard(devices, self.settings))
+        self.guarded.update(devices)
 
     def forget(self, index: int) -> None:
         """A device is gone; the kernel took its egress chain along (or keeps it empty-handed)."""
@@ -205,6 +236,8 @@ class Loader:
         for command in compile_unguard({index: name}, self.settings).splitlines():
             with contextlib.suppress(NetfilterError):
                 run_nft(command)
+        if self.sentinel is not None:
+            self.sentinel.forget({index: name})
         self._expect()
 
     def counters(self) -> dict[str, tuple[int, int]]:

@@ -35,15 +35,18 @@ def enforced(policy: Policy, knobs: FamilyKnobs) -> bool:
 def verdict_of(policy: Policy, sysctl: Sysctl, workers: int) -> str:
     """The nft verdict for a packet that ``policy`` matches first."""
     inbound = policy.direction == Direction.IN
+    knobs = sysctl.v4 if policy.selector.family == 4 else sysctl.v6
     if policy.action == Action.DISCARD:
         return "goto in_discard" if inbound else "goto out_discard"
     if policy.action != Action.IPSEC:
         return "accept"
     if inbound:
-        knobs = sysctl.v4 if policy.selector.family == 4 else sysctl.v6
         if not enforced(policy, knobs):
             return "accept"
         return "goto in_clear_open" if policy.fail_open else "goto in_clear"
     worker = worker_of(policy, workers)
     where = "spread" if worker is None else str(worker)
-    return f"goto out_open_{where}" if policy.fail_open else f"goto out_worker_{where}"
+    if policy.fail_open:
+        return f"goto out_open_{where}"
+    # A chain of its own for "use", whose packets may leave in clear by the engine's decision (see sentinel).
+    return f"goto out_worker_{where}" if enforced(policy, knobs) else f"goto out_use_{where}"

@@ -33,11 +33,14 @@ class SecurityDatabase(Interface):
         """The SA in whatever state, larval ones included."""
         ...
 
-    def add_sa(self, sa: SecurityAssociation) -> None:
-        """Add; SadError EEXIST when (destination, protocol, SPI) is taken, by a larval SA too."""
+    def add_sa(self, sa: SecurityAssociation, *, negotiated: bool = False) -> None:
+        """Add; SadError EEXIST when (destination, protocol, SPI) is taken, by a larval SA too.
+
+        ``negotiated``: a key management daemon asks for it, so its keys are fresh; an operator's may be old.
+        """
         ...
 
-    def update_sa(self, sa: SecurityAssociation) -> None:
+    def update_sa(self, sa: SecurityAssociation, *, negotiated: bool = False) -> None:
         """Put ``sa`` in the place of the one with the same key (larval or in use); SadError ESRCH without one."""
         ...
 

@@ -63,6 +63,10 @@ class Hub:
         """Is there a client to send an SADB_ACQUIRE for ``satype`` to?"""
         return any(client.registered >> satype & 1 for client in self.clients.values())
 
+    def anyone_registered_at_all(self) -> bool:
+        """Is any key management there?"""
+        return any(client.registered for client in self.clients.values())
+
     def _send(self, make: Maker, meant: Callable[[Client], bool], also: Client | None) -> None:
         written: dict[tuple[Dialect, bool], bytes] = {}
         for client in self.clients.values():

@@ -24,10 +24,10 @@ class MemoryDatabase:
     def find_sa(self, key: SaKey) -> SecurityAssociation | None:  # noqa: D102
         return self.sad.get(*key) if key in self.sad else None
 
-    def add_sa(self, sa: SecurityAssociation) -> None:  # noqa: D102
+    def add_sa(self, sa: SecurityAssociation, *, negotiated: bool = False) -> None:  # noqa: D102
         self.sad.add(sa)
 
-    def update_sa(self, sa: SecurityAssociation) -> None:  # noqa: D102
+    def update_sa(self, sa: SecurityAssociation, *, negotiated: bool = False) -> None:  # noqa: D102
         self.sad.update(sa)
 
     def delete_sa(self, key: SaKey) -> SecurityAssociation:  # noqa: D102

@@ -88,7 +88,7 @@ class SaHandlers:
     def add(self, client: Client, message: Message) -> None:
         """SADB_ADD: a new SA, at once mature."""
         sa = saconvert.to_association(message, client.dialect, self.clock(), self.allow_legacy)
-        self.database.add_sa(sa)
+        self.database.add_sa(sa, negotiated=_negotiates(client, message))
         self.acquires.answered(sa)
         self.hub.broadcast(self._describe(sa, MessageType.ADD, message.seq, message.pid))
 
@@ -100,7 +100,7 @@ class SaHandlers:
             raise PfkeyError(f"no SA with SPI {sa.spi:#x} for this protocol and destination", errno.ESRCH)
         if old.state is not SaState.LARVAL:
             sa = saconvert.merged_update(old, sa)
-        self.database.update_sa(sa)
+        self.database.update_sa(sa, negotiated=old.state is SaState.LARVAL or _negotiates(client, message))
         self.acquires.answered(sa)
         self.hub.broadcast(self._describe(sa, MessageType.UPDATE, message.seq, message.pid))
 
@@ -205,3 +205,8 @@ class SaHandlers:
             return made
 
         return make
+
+
+def _negotiates(client: Client, message: Message) -> bool:
+    """Key management registers before it adds (RFC 2367 section 3.1.7); setkey(8) and scripts don't."""
+    return bool(client.registered >> message.satype & 1)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from typing import Final
 
 from ipsecq.errors import AlgorithmError, SadError, SpdError
 from ipsecq.pfkey import algorithms
@@ -92,6 +93,8 @@ class PfkeyServer:
             return self.hub.take()
         self._show(client, data, message)
         try:
+            if not client.privileged and message.type not in _FOR_ALL:
+                raise PfkeyError("only root may change SAs and policies", errno.EPERM)
             self._handlers.get(message.type, _unsupported)(client, message)
         except (PfkeyError, SadError, SpdError) as error:
             self._refuse(client, data, error.errno)
@@ -211,6 +214,15 @@ class PfkeyServer:
         self.sadb.expire_larvals(now)
         self.acquires.expire(now)
         return self.hub.take()
+
+
+_FOR_ALL: Final = frozenset(
+    {
+        MessageType.GET, MessageType.DUMP, MessageType.REGISTER, MessageType.X_PROMISC, MessageType.X_SPDGET,
+        MessageType.X_SPDDUMP,
+    }
+)  # fmt: skip
+"""What the members of the socket's group may ask: they look on."""
 
 
 def _unsupported(client: Client, message: Message) -> None:
