@@ -129,7 +129,7 @@ def inbound(tables: Tables, flow: Flow) -> Explanation:
 
 def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, path_mtu: int) -> None:
     steps: list[OutboundStep] = []
-    pool = Pool(lambda n: bytes(n))  # nothing is sealed here
+    pool = Pool(bytes)  # nothing is sealed here
     src, dst = answer.flow.src, answer.flow.dst
     blocked = ""
     for transform in policy.transforms:
