@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.doctor import Grade, examine
 from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
+from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.netfilter.steering import inbound_worker, worker_of
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
@@ -412,7 +414,7 @@ def _both_ways() -> list[Policy]:
 
 
 def test_a_foreign_flush_is_noticed_and_foreign_tables_are_never_touched(site: Site) -> None:
-    site.gw.nft("table inet operator { counter c { packets 5 bytes 6 }; chain f { type filter hook input priority 0; }; }")
+    site.gw.nft("table inet operator { counter c { packets 5 bytes 6 }; chain c { type nat hook output priority 0; };}")
     before = site.gw.run("nft", "list", "table", "inet", "operator").stdout
     site.load(policy(1, A4, B4))
     site.gw.call(lambda: site.loader.update([policy(2, A4, B4)], Sysctl()))
@@ -431,6 +433,49 @@ def test_a_foreign_flush_is_noticed_and_foreign_tables_are_never_touched(site: S
     site.gw.call(site.loader.remove)
     assert site.gw.run("nft", "list", "tables").stdout == ""
     watch.close()
+
+
+def test_after_a_foreign_flush_the_sentinel_still_blocks_what_must_be_protected(site: Site) -> None:
+    site.loader.sentinel = site.gw.call(lambda: Sentinel(SETTINGS))
+    use = policy(3, A4, "10.2.0.1/32", level=Level.USE)
+    site.load(use, policy(1, A4, B4), policy(2, A6, B6), policy(4, B6, A6, direction=Direction.IN))
+    site.gw.run("nft", "flush", "ruleset")
+    tap = wire(site)
+    assert not site.ping(site.left, "10.2.0.2")
+    assert not site.ping(site.left, "fd00:2::2")
+    assert not site.ping(site.right, "fd00:1::2")
+    assert arrived(tap, socket.inet_aton("10.1.0.2")) == 0
+    assert site.ping(site.left, "10.2.0.1"), "what no policy requires to be protected passes"
+    site.gw.call(lambda: site.loader.update([policy(5, A6, B6, action=Action.NONE)], Sysctl()))
+    assert site.ping(site.left, "fd00:2::2"), "the sentinel follows"
+    tap.close()
+    site.gw.call(site.loader.remove)
+    assert site.gw.run("nft", "list", "tables").stdout == ""
+
+
+def test_the_sentinel_drops_replaced_originals_and_lets_what_we_sent_pass(site: Site) -> None:
+    site.loader.sentinel = site.gw.call(lambda: Sentinel(SETTINGS))
+    site.load(policy(1, A4, B4))
+
+    tap = wire(site)
+
+    def flush_while_a_packet_is_in_our_hands(packet: Any) -> None:
+        site.gw.run("nft", "flush", "ruleset")
+        packet.set_mark(STOLEN)
+        packet.accept()  # the kernel dropped it with the hook
+
+    queues(site).answer = flush_while_a_packet_is_in_our_hands
+    site.send(site.left, IP(src="10.1.0.2", dst="10.2.0.2") / UDP(dport=9) / Raw(b"this must not be seen"))
+    queues(site).take()
+    for mark, body in ((STOLEN, b"neither this"), (SETTINGS.mark_done, b"sent by us")):
+        with site.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+            sock.sendto(body, ("10.2.0.2", 9))
+    wait_for(lambda: arrived(tap, b"sent by us"), "our own packet")
+    assert arrived(tap, b"this") == 0
+    listing = site.gw.run("nft", "list", "counters").stdout
+    assert re.search(r"counter stolen {\s*packets 1 ", listing)
+    tap.close()
 
 
 def test_updates_leave_the_kernel_as_a_fresh_load_of_the_same_policies_would(site: Site) -> None:

@@ -57,9 +57,16 @@ def test_outbound_ipsec_goes_to_the_worker_of_the_outermost_tunnel() -> None:
 
 
 def test_transport_policies_are_spread_over_all_workers() -> None:
-    policy = Policy(Direction.OUT, ANY, Action.IPSEC, (Transform(Protocol.ESP, Mode.TRANSPORT),))
+    policy = Policy(Direction.OUT, ANY, Action.IPSEC, (Transform(Protocol.ESP, Mode.TRANSPORT, level=Level.REQUIRE),))
     assert worker_of(policy, 4) is None
     assert verdict_of(policy, Sysctl(), 4) == "goto out_worker_spread"
+
+
+def test_outbound_use_has_chains_of_its_own_as_it_may_leave_in_clear() -> None:
+    transform = Transform(Protocol.ESP, Mode.TRANSPORT)
+    policy = Policy(Direction.OUT, ANY, Action.IPSEC, (transform,))
+    assert verdict_of(policy, Sysctl(), 4) == "goto out_use_spread"
+    assert verdict_of(policy, Sysctl({"net.inet.ipsec.esp_trans_deflev": 2}), 4) == "goto out_worker_spread"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 16, 33])
