@@ -93,9 +93,10 @@ class PfkeyServer:
             return self.hub.take()
         self._show(client, data, message)
         try:
+            handler = self._handlers.get(message.type, _unsupported)
             if not client.privileged and message.type not in _FOR_ALL:
-                raise PfkeyError("only root may change SAs and policies", errno.EPERM)
-            self._handlers.get(message.type, _unsupported)(client, message)
+                handler = _forbidden
+            handler(client, message)
         except (PfkeyError, SadError, SpdError) as error:
             self._refuse(client, data, error.errno)
         except AlgorithmError:
@@ -223,6 +224,10 @@ _FOR_ALL: Final = frozenset(
     }
 )  # fmt: skip
 """What the members of the socket's group may ask: they look on."""
+
+
+def _forbidden(client: Client, message: Message) -> None:
+    raise PfkeyError("only root may change SAs and policies", errno.EPERM)
 
 
 def _unsupported(client: Client, message: Message) -> None:

@@ -189,3 +189,19 @@ def test_no_octets_make_the_server_raise_or_stay_silent(octets, kind, dialect):
     data = struct.pack("=BBBBHHII", 2, kind, 0, 3, 2 + len(octets) // 8, 0, 7, 8) + octets
     replies = server.handle(1, data)
     assert replies or kind == T.ACQUIRE
+
+
+def test_members_of_the_group_look_on_and_change_nothing(bench, make):
+    bench.one(make.add())
+    bench.one(make.spd())
+    bench.open(2, privileged=False)
+    for message in (
+        make.add(0x2000), make.add(kind=MessageType.UPDATE), make.named(MessageType.DELETE),
+        make.spd(MessageType.X_SPDUPDATE),
+        Message(MessageType.FLUSH, seq=1, pid=1), Message(MessageType.X_SPDFLUSH, seq=1, pid=1),
+        Message(MessageType.GETSPI, 3, seq=1, pid=1, src=make.host(make.A), dst=make.host(make.B)),
+    ):  # fmt: skip
+        assert bench.one(message, 2).errno == errno.EPERM
+    assert len(bench.database.sad) == len(bench.database.spd) == 1
+    assert len(bench.ask(Message(MessageType.DUMP, seq=2, pid=1), 2)) == 1
+    assert bench.one(make.named(MessageType.GET), 2).errno == 0
