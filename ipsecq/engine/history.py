@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ipsecq.counters import Counter
-from ipsecq.numbers import Action, Mode, Protocol
+from ipsecq.numbers import Action, Mode
 from ipsecq.policy.levels import enforced_inbound
 from ipsecq.policy.model import Policy, Transform
 from ipsecq.sysctl import FamilyKnobs
@@ -14,8 +14,9 @@ from ipsecq.sysctl import FamilyKnobs
 class Applied(NamedTuple):
     """One entry of a packet's history: an SA that opened it, and in which mode that was."""
 
-    protocol: Protocol
-    mode: Mode
+    protocol: int
+    """:class:`ipsecq.numbers.Protocol` as a plain number: histories are hashed for each packet."""
+    mode: int
     src: bytes
     dst: bytes
     reqid: int
@@ -52,10 +53,10 @@ def check(policy: Policy | None, history: History, knobs: FamilyKnobs, src: byte
         found = -1
         for index in range(at if strict else 0, len(history)):
             entry = history[index]
-            if entry.protocol is not transform.protocol or (transform.reqid and entry.reqid != transform.reqid):
+            if entry.protocol != transform.protocol or (transform.reqid and entry.reqid != transform.reqid):
                 continue
             if strict and (
-                (transform.mode is not Mode.ANY and entry.mode is not transform.mode)
+                (transform.mode is not Mode.ANY and entry.mode != transform.mode)
                 or entry.src != near
                 or entry.dst != far
             ):

@@ -7,6 +7,7 @@ if its policy agrees with that history.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final
 
 from ipsecq.counters import FIRST_DROP, Counter, Fate
@@ -49,6 +50,8 @@ _IN_PACKETS: Final = int(Counter.IN_PACKETS)
 _IN_BYTES: Final = int(Counter.IN_BYTES)
 _IN_DELIVERED: Final = int(Counter.IN_DELIVERED)
 
+_u32: Final = Struct(">I").unpack_from
+
 _HDROPS: Final = {_ESP: Counter.ESP_HDROPS, _AH: Counter.AH_HDROPS, _IPCOMP: Counter.IPCOMP_HDROPS}
 _NOTDB: Final = {_ESP: Counter.ESP_NOTDB, _AH: Counter.AH_NOTDB, _IPCOMP: Counter.IPCOMP_NOTDB}
 _INVALID: Final = {_ESP: Counter.ESP_INVALID, _AH: Counter.AH_INVALID, _IPCOMP: Counter.IPCOMP_INVALID}
@@ -76,6 +79,8 @@ class Inbound:
         self._generation = tables.generation()
         self._ipip: dict[tuple[bytes, bytes], Applied] = {}
         self._index_ipip()
+        self._disabled: dict[tuple[int, int], int] = {}
+        self._check_enabled()
         self._pmtu = PathMtuCheck(tables)
 
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
@@ -89,10 +94,21 @@ class Inbound:
             self._counters[fate] += 1
         return fate
 
+    def _check_enabled(self) -> None:
+        """Which protocols the knobs forbid: (IP version, protocol) to the drop's Counter.  Usually empty."""
+        families = ((4, self._tables.sysctl.v4), (6, self._tables.sysctl.v6))
+        self._disabled = {
+            (version, protocol): int(counter)
+            for version, knobs in families
+            for protocol, (name, counter) in _PDROPS.items()
+            if not getattr(knobs, name)
+        }
+
     def _forget(self) -> None:
         """An SA, a policy or a knob has changed: drop what was derived from the old ones."""
         generation = self._tables.generation()
         self._verdicts.clear()
+        self._check_enabled()
         if generation[2] != self._generation[2]:
             self._sas.clear()
         else:
@@ -118,7 +134,10 @@ class Inbound:
             return Counter.IP_MALFORMED
         counters[_IN_PACKETS] += 1
         counters[_IN_BYTES] += view.length
-        if self._generation != self._tables.generation():
+        tables = self._tables
+        seen = self._generation
+        # Three comparisons in place of a call and a tuple for each packet.
+        if tables.sad.generation != seen[0] or tables.spd.generation != seen[1] or tables.sysctl.generation != seen[2]:
             self._forget()
         if view.fragment_word & 0x3FFF:
             if self._reassembler is None:
@@ -164,9 +183,7 @@ class Inbound:
                 if fresh:
                     break  # somebody else's packet, that came through our tunnel
                 return _NOTDB[protocol]
-            knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
-            enabled, disabled = _PDROPS[protocol]
-            if not getattr(knobs, enabled):
+            if self._disabled and (disabled := self._disabled.get((view.version, protocol))):
                 return disabled
             reason, next_header, payload = ready.open(packet, view, offset, encapsulated, now, emit)
             if reason:
@@ -174,19 +191,18 @@ class Inbound:
             if next_header == IPPROTO_NONE:
                 counters[Counter.ESP_DUMMY] += 1
                 return _ABSORBED
-            sa = ready.sa
             tunnel = ready.is_tunnel(next_header)
-            opened = (
-                *opened,
-                Applied(sa.protocol, Mode.TUNNEL if tunnel else Mode.TRANSPORT, sa.src, sa.dst, sa.reqid, sa.spi),
-            )
+            applied = ready.as_tunnel if tunnel else ready.as_transport
+            opened = opened + applied if opened else applied
             if tunnel:
                 fate = self._enter_tunnel(payload, view.tos, _INVALID[protocol])
                 if isinstance(fate, int):
                     return fate
                 packet, fresh = fate, True
                 continue
+            sa = ready.sa
             if sa.natt is not None:
+                knobs = tables.sysctl.v4 if view.version == 4 else tables.sysctl.v6
                 payload = natt.fix_checksum(payload, next_header, view, sa.natt, knobs.natt_cksum_policy)
             header = own_header(packet, view, next_header, len(payload))
             packet = header + payload if header else b""
@@ -210,13 +226,13 @@ class Inbound:
         The knob ``ecn`` is that of the tunnel's family, as on the way out.
         """
         view = self._view
-        knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
+        version = view.version
         if not view.load(inner):
             return invalid
         if view.length != len(inner):
             inner = inner[: view.length]  # TFC padding (RFC 4303 section 2.7)
         outer = outer_tos & 3
-        if outer and knobs.ecn != ECN_NOCARE:
+        if outer and (self._tables.sysctl.v4 if version == 4 else self._tables.sysctl.v6).ecn != ECN_NOCARE:
             ecn = decapsulated_ecn(view.tos & 3, outer)
             if ecn < 0:
                 return Counter.IN_INVAL
@@ -254,7 +270,7 @@ class Inbound:
 def _spi(packet: Buffer, protocol: int, offset: int, end: int) -> int:
     """The SPI (IPComp: the CPI) of the header at ``offset``; -1 when the packet ends before it."""
     if protocol == _ESP:
-        return int.from_bytes(packet[offset : offset + 4], "big") if end - offset >= 8 else -1
+        return int(_u32(packet, offset)[0]) if end - offset >= 8 else -1
     if protocol == _AH:
         return int.from_bytes(packet[offset + 4 : offset + 8], "big") if end - offset >= 12 else -1
     return int.from_bytes(packet[offset + 2 : offset + 4], "big") if end - offset >= 4 else -1

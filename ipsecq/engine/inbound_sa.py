@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Final, Protocol
 
 from ipsecq.counters import Counter
 from ipsecq.crypto import cipher
 from ipsecq.engine.accounting import Account
 from ipsecq.engine.emit import Emissions, PeerMoved
+from ipsecq.engine.history import Applied, History
 from ipsecq.engine.tables import Tables
-from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, Mode
+from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE, Mode
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
@@ -32,6 +34,11 @@ _IPCOMP_IBYTES: Final = int(Counter.IPCOMP_IBYTES)
 
 MAX_INNER: Final = 65535
 
+_INSIDE: Final = frozenset({IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE})
+"""What a tunnel may carry: IP, and dummies."""
+
+_u32: Final = Struct(">I").unpack_from
+
 Opened = tuple[int, int, bytes]
 """(0 or the Counter of the drop, next header, what the next header names)."""
 
@@ -40,6 +47,8 @@ class InboundSa(Protocol):
     """What :mod:`ipsecq.engine.inbound` asks of an SA."""
 
     sa: SecurityAssociation
+    as_tunnel: History
+    as_transport: History
 
     def is_tunnel(self, next_header: int) -> bool:
         """True when what was opened is a whole IP packet of its own."""
@@ -55,7 +64,12 @@ class _Ready:
 
     def __init__(self, sa: SecurityAssociation, tables: Tables) -> None:
         self.sa = sa
+        protocol = int(sa.protocol)
+        self.as_tunnel: History = (Applied(protocol, int(Mode.TUNNEL), sa.src, sa.dst, sa.reqid, sa.spi),)
+        """The SA's entry in a packet's history, made once."""
+        self.as_transport: History = (Applied(protocol, int(Mode.TRANSPORT), sa.src, sa.dst, sa.reqid, sa.spi),)
         self._mode = sa.mode
+        self._is_tunnel = sa.mode is Mode.TUNNEL
         self._words, self._base = tables.words, sa.slot
         self._counters = tables.counters
         self._account = Account(sa, tables.words)
@@ -63,9 +77,7 @@ class _Ready:
 
     def is_tunnel(self, next_header: int) -> bool:
         """See :class:`InboundSa`.  Mode ``any`` is a tunnel when an IP packet is inside (BSD)."""
-        if self._mode is Mode.ANY:
-            return next_header in {IPPROTO_IPV4, IPPROTO_IPV6}
-        return self._mode is Mode.TUNNEL
+        return self._is_tunnel or (self._mode is Mode.ANY and next_header in {IPPROTO_IPV4, IPPROTO_IPV6})
 
     def _refuse(self, word: int, reason: int) -> Opened:
         self._words[self._base + word] += 1
@@ -88,17 +100,20 @@ class EspReady(_Ready):
         """See :class:`InboundSa`."""
         if bool(encapsulated) != (self.sa.natt is not None):
             return self._refuse(_DROPS, Counter.ESP_NATT)
-        sequence = self._window.check(int.from_bytes(packet[offset + 4 : offset + 8], "big"))
+        sequence = self._window.check(_u32(packet, offset + 4)[0])
         if sequence < 0:
             return self._refuse(_REPLAY, Counter.ESP_REPLAY)
-        reason, next_header, payload = self._transform.open(memoryview(packet)[: view.length], offset, sequence)
+        octets = memoryview(packet)
+        if view.length != len(octets):
+            octets = octets[: view.length]
+        reason, next_header, payload = self._transform.open(octets, offset, sequence)
         if reason:
             return self._refuse(_BADAUTH if reason == Counter.ESP_BADAUTH else _DROPS, reason)
         if not self._window.update(sequence):
             return self._refuse(_REPLAY, Counter.ESP_REPLAY)
         if not self._account.charge(len(payload), now, emit):
             return self._refuse(_DROPS, Counter.ESP_EXPIRED)
-        if self.is_tunnel(next_header) and next_header not in {IPPROTO_IPV4, IPPROTO_IPV6, 59}:
+        if self._is_tunnel and next_header not in _INSIDE:
             return self._refuse(_DROPS, Counter.ESP_INVALID)
         if encapsulated and (encapsulated != self._peer_port or view.src != self._peer):
             self._moved(view.src, encapsulated, emit)

@@ -135,7 +135,9 @@ class AhStep:
     def __init__(self, sa: SecurityAssociation, tables: Tables, tunnel: bool) -> None:
         self.sa = sa
         self.tunnel = tunnel
-        self._transform = AhTransform(sa.spi, cipher.icv(sa.authentication or "", sa.authentication_key), esn=sa.esn)
+        icv = cipher.icv(sa.authentication or "", sa.authentication_key)
+        # IPv6 always takes 8; what the SA says is for IPv4 (RFC 4302 section 3.3.3.2.1).
+        self._transform = AhTransform(sa.spi, icv, esn=sa.esn, align=sa.ah_align if sa.family == 4 else 0)
         self._cleartos = tables.sysctl.v4.ah_cleartos != 0
         self._offsetmask = tables.sysctl.v4.ah_offsetmask
         self.sequence = sequence_of(sa, tables)
