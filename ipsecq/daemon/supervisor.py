@@ -42,6 +42,7 @@ from ipsecq.metrics.server import MetricsServer
 from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
+from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.sa.association import SaKey
 
 log: Final = logging.getLogger(f"{LOGGER}.supervisor")
@@ -154,7 +155,10 @@ class Supervisor:
         if can.mechanism is None:
             missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
             raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
-        self.loader = Loader(can.adapt(self.config.netfilter()), can.mechanism)
+        settings = can.adapt(self.config.netfilter())
+        self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)
+        if not can.owner:
+            log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")
         self.links = LinkWatcher()
         stack.callback(self.links.close)
         guarded = self._devices()
