@@ -101,7 +101,7 @@ class Gateway:
     ) -> None:
         self.space = space
         self.directory: Path = space.lab.directory / f"ipsecq-{space.role}"
-        self.directory.mkdir()
+        self.directory.mkdir(exist_ok=True)
         self.policy, self.config = self.directory / "setkey.conf", self.directory / "ipsecq.toml"
         self.log = self.directory / "log"
         self.policy.write_text(setkey)
