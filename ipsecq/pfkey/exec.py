@@ -121,19 +121,16 @@ def _supervise(child: int, responder: Responder, mask: set[signal.Signals | int]
     signals = _signal_descriptor()
     pidfd = os.pidfd_open(child)
     poll = select.poll()
-    for descriptor in (signals, pidfd, responder.listener.fileno()):
+    for descriptor in (signals, pidfd, responder.fileno()):
         poll.register(descriptor, select.POLLIN)
     served = True
     while True:
-        events = dict(poll.poll())
+        events = dict(poll.poll(_milliseconds(responder) if served else None))
         if signals in events:
             _forward(signals, pidfd)
-        notified = events.get(responder.listener.fileno(), 0)
-        if notified & select.POLLIN:
-            responder.serve_one()
-        elif notified:
+        if served and not responder.serve():
             # Nobody has the filter any more: the program is about to be reaped.
-            poll.unregister(responder.listener.fileno())
+            poll.unregister(responder.fileno())
             served = False
         if pidfd in events:
             _, status = os.waitpid(child, 0)
@@ -141,7 +138,7 @@ def _supervise(child: int, responder: Responder, mask: set[signal.Signals | int]
                 _serve_in_background(responder, mask)
             os.close(signals)
             os.close(pidfd)
-            responder.listener.close()
+            responder.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             return status
 
@@ -161,13 +158,17 @@ def _serve_in_background(responder: Responder, mask: set[signal.Signals | int]) 
         null = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):
             os.dup2(null, standard)
-        while True:
-            ((_, events),) = poll.poll()
-            if not events & select.POLLIN:
-                break
-            responder.serve_one()
+        poll.unregister(responder.listener.fileno())
+        poll.register(responder.fileno(), select.POLLIN)
+        while responder.serve():
+            poll.poll(_milliseconds(responder))
     finally:
         os._exit(0)
+
+
+def _milliseconds(responder: Responder) -> float | None:
+    timeout = responder.timeout()
+    return None if timeout is None else timeout * 1000 + 1
 
 
 def _signal_descriptor() -> int:

@@ -1,15 +1,21 @@
 """What the supervisor of ``ipsecq exec`` does with the system calls that it is asked about.
 
 ``socket(AF_KEY, SOCK_RAW, PF_KEY_V2)`` returns a socket that is connected to the daemon; ``setsockopt`` of a per-socket
-policy is handed to a hook.  Everything else never gets here (:func:`ipsecq.pfkey.seccomp.filter_program`).
+policy is handed to a hook.  Everything else never gets here (:func:`ipsecq.pfkey.seccomp.filter_program`), but for
+``poll``: a kernel has queued its reply before ``write`` to a PF_KEY socket returns, and programs rely on it.  OpenBSD's
+iked waits for one millisecond, and gives up its IKE SA when there is no reply.  Our daemon answers when all its
+workers have the change, which takes longer; so such a poll begins when the reply is there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
+import struct
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -25,6 +31,9 @@ OptionHook = Callable[[OptionRequest], int]
 _OPTION_LIMIT: Final = 4096
 """Octets of a policy option: four transforms with IPv6 ends need 320."""
 _INT: Final = 0xFFFFFFFF
+_PATIENCE: Final = 5.0
+"""Seconds that a short poll of a PF_KEY socket may be put off: workers under load, and a ruleset to load."""
+_POLLFD: Final = struct.Struct("=ihh")
 _CAP_NET_ADMIN: Final = 12
 
 
@@ -42,6 +51,41 @@ class Responder:
         self._complain = complain or (lambda text: print(text, file=sys.stderr, flush=True))
         self._complained = ""
         self._arch = seccomp.architecture()
+        self._epoll = select.epoll()
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
+        self._waiting: dict[int, tuple[socket.socket, Notification, float]] = {}
+        """Polls that have not begun: our duplicate of the descriptor they ask about, and when they begin at the latest."""
+
+    def fileno(self) -> int:
+        """Readable when :meth:`serve` has something to do."""
+        return self._epoll.fileno()
+
+    def timeout(self) -> float | None:
+        """Seconds after which :meth:`serve` has something to do in any case; None: nothing waits."""
+        if not self._waiting:
+            return None
+        return max(0.0, min(deadline for _, _, deadline in self._waiting.values()) - time.monotonic())
+
+    def serve(self) -> bool:
+        """Do what is due, without waiting; False when no process has the filter any more."""
+        for descriptor, events in self._epoll.poll(0):
+            if descriptor != self.listener.fileno():
+                self._begin(descriptor)
+            elif events & select.EPOLLIN:
+                self.serve_one()
+            else:
+                return False
+        now = time.monotonic()
+        for descriptor in [each for each, (_, _, deadline) in self._waiting.items() if deadline <= now]:
+            self._begin(descriptor)
+        return True
+
+    def close(self) -> None:
+        """Give up: calls that wait fail, as do later ones."""
+        for descriptor in list(self._waiting):
+            self._begin(descriptor)
+        self._epoll.close()
+        self.listener.close()
 
     def serve_one(self) -> None:
         """Take the next notification and answer it; nothing raised for what the program does or fails to do."""
@@ -52,8 +96,46 @@ class Responder:
             self._socket(notification)
         elif notification.call == self._arch.setsockopt:
             self.listener.answer(notification, self._setsockopt(notification))
+        elif notification.call == self._arch.poll:
+            self._poll(notification)
         else:
             self.listener.answer(notification, errno.ENOSYS)
+
+    def _poll(self, notification: Notification) -> None:
+        """Put off a short poll of a PF_KEY socket until there is something to read; any other goes on at once."""
+        made = self._polled(notification)
+        if made is None:
+            self.listener.go_on(notification)
+            return
+        self._waiting[made.fileno()] = made, notification, time.monotonic() + _PATIENCE
+        self._epoll.register(made.fileno(), select.EPOLLIN)
+
+    def _polled(self, notification: Notification) -> socket.socket | None:
+        address, _, timeout = notification.arguments[:3]
+        thread = notification.thread
+        try:
+            descriptor, events, _ = _POLLFD.unpack(seccomp.read_memory(thread, address, _POLLFD.size))
+            if self._arch.poll_has_timespec and not _is_short(seccomp.read_memory(thread, timeout, 16)):
+                return None
+            if descriptor < 0 or not events & select.POLLIN:
+                return None
+            made = socket.socket(fileno=seccomp.duplicate_descriptor(thread, descriptor))
+        except (OSError, struct.error):
+            return None  # the kernel will tell the program
+        try:
+            ours = made.family == socket.AF_UNIX and made.getpeername() == str(self.path)
+        except OSError:
+            ours = False
+        if ours and self.listener.is_valid(notification):
+            return made
+        made.close()
+        return None
+
+    def _begin(self, descriptor: int) -> None:
+        made, notification, _ = self._waiting.pop(descriptor)
+        self._epoll.unregister(descriptor)
+        made.close()
+        self.listener.go_on(notification)
 
     def _socket(self, notification: Notification) -> None:
         kind, protocol = (argument & _INT for argument in notification.arguments[1:3])
@@ -112,3 +194,8 @@ class Responder:
         if text != self._complained:
             self._complained = text
             self._complain(text)
+
+
+def _is_short(timespec: bytes) -> bool:
+    seconds, nanoseconds = struct.unpack("=qq", timespec)
+    return bool(seconds == 0 and 0 < nanoseconds <= seccomp.SHORT_POLL * 1_000_000)

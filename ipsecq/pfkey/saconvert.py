@@ -231,7 +231,7 @@ def merged_update(old: SecurityAssociation, new: SecurityAssociation) -> Securit
             raise PfkeyError(f"an SA in use keeps its {name.replace('_', ' ')}: add a new SA", errno.EINVAL)
     new.created, new.slot, new.state = old.created, old.slot, SaState.MATURE
     new.replay_window, new.esn, new.flags = old.replay_window, old.esn, old.flags
-    new.reqid, new.tfc_pad, new.seq = old.reqid, old.tfc_pad, old.seq
+    new.reqid, new.tfc_pad, new.ah_align, new.seq = old.reqid, old.tfc_pad, old.ah_align, old.seq
     if new.natt is None:
         new.natt = old.natt
     elif old.natt is None:

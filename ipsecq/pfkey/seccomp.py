@@ -31,19 +31,26 @@ class Architecture:
     seccomp: int
     socket: int
     setsockopt: int
+    poll: int
+    """What the C library's poll(3) calls: poll, or ppoll where there is no such call."""
+    poll_has_timespec: bool
     pidfd_getfd: int = 438
 
 
 ARCHITECTURES: Final = {
-    "x86_64": Architecture(0xC000003E, 317, 41, 54),
-    "aarch64": Architecture(0xC00000B7, 277, 198, 208),
+    "x86_64": Architecture(0xC000003E, 317, 41, 54, 7, False),
+    "aarch64": Architecture(0xC00000B7, 277, 198, 208, 73, True),
 }
+
+SHORT_POLL: Final = 20
+"""Milliseconds: a program that waits for its reply no longer than this believes that the kernel answers at once."""
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _SET_MODE_FILTER: Final = 1
 _NEW_LISTENER: Final = 1 << 3
 _WAIT_KILLABLE: Final = 1 << 5
 """Linux 5.19: a signal that doesn't kill leaves a request alone that the supervisor has taken up."""
+_CONTINUE: Final = 1
 _ADDFD_SEND: Final = 1 << 1
 
 _NOTIF: Final = struct.Struct("=QII iIQ6Q")
@@ -73,10 +80,12 @@ def architecture() -> Architecture:
 
 
 def filter_program(arch: Architecture) -> bytes:
-    """The BPF program: ``socket(AF_KEY, …)`` and ``setsockopt`` of the two policy options notify, all else is allowed.
+    """The BPF program: what notifies the supervisor; all else is allowed.
 
-    Three instructions decide for every other system call, seven for sockets of other families.
+    ``socket(AF_KEY, …)``, ``setsockopt`` of the two policy options, and ``poll`` of one descriptor for at most
+    :data:`SHORT_POLL` ms (how long a ppoll waits, the filter cannot see).  A handful of instructions decides.
     """
+    poll = "one" if arch.poll_has_timespec else "brief"
     # struct seccomp_data: nr at 0, arch at 4, arguments of 8 octets from 16 on; the kernel itself takes family, level
     # and option as 32-bit ints, so their low halves (little endian on both machines) decide.  A jump names the step
     # to go to; "" is the next one.
@@ -85,7 +94,13 @@ def filter_program(arch: Architecture) -> bytes:
         ("", "equal", arch.audit, "", "allow"),
         ("", "load", 0, "", ""),
         ("", "equal", arch.socket, "socket", ""),
-        ("", "equal", arch.setsockopt, "setsockopt", "allow"),
+        ("", "equal", arch.setsockopt, "setsockopt", ""),
+        ("", "equal", arch.poll, poll, "allow"),
+        ("brief", "load", 32, "", ""),
+        ("", "equal", 0, "allow", ""),
+        ("", "above", SHORT_POLL, "allow", ""),  # unsigned: for ever (-1) is above, too
+        ("one", "load", 24, "", ""),
+        ("", "equal", 1, "notify", "allow"),
         ("socket", "load", 16, "", ""),
         ("", "equal", AF_KEY, "notify", "allow"),
         ("setsockopt", "load", 24, "", ""),
@@ -98,7 +113,7 @@ def filter_program(arch: Architecture) -> bytes:
         ("allow", "return", _ALLOW, "", ""),
         ("notify", "return", _NOTIFY, "", ""),
     ]
-    codes = {"load": 0x20, "equal": 0x15, "return": 0x06}
+    codes = {"load": 0x20, "equal": 0x15, "above": 0x25, "return": 0x06}
     places = {label: at for at, (label, *_) in enumerate(program) if label}
     return b"".join(
         struct.pack(
@@ -195,6 +210,17 @@ class Listener:
             fcntl.ioctl(self._descriptor, _SEND, response)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.EINPROGRESS):
+                raise
+
+    def go_on(self, notification: Notification) -> None:
+        """Let the kernel carry out the call as it is (Linux 5.5)."""
+        response = bytearray(_RESPONSE.pack(notification.id, 0, 0, _CONTINUE))
+        try:
+            fcntl.ioctl(self._descriptor, _SEND, response)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                self.answer(notification, errno.EINTR)
+            elif error.errno not in (errno.ENOENT, errno.EINPROGRESS):
                 raise
 
     def answer_with_descriptor(self, notification: Notification, descriptor: int, *, close_on_exec: bool) -> None:

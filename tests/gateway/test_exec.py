@@ -28,6 +28,7 @@ from ipsecq.pfkey.socket_server import PfkeySocketServer
 PROBE = r"""
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -89,6 +90,14 @@ int main(int argc, char **argv) {
         printf("%d ", setsockopt(0, IPPROTO_IP, 16, value, n) ? errno : 0);
         printf("%d ", setsockopt(fd, IPPROTO_IP, 16, value, 100000) ? errno : 0);
         printf("%d\n", setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) ? errno : 0);
+    } else if (!strcmp(how, "impatient")) {
+        struct sadb_msg m = { PF_KEY_V2, SADB_REGISTER, 0, SADB_SATYPE_ESP, 2, 0, 7, getpid() };
+        int fd = open_key(0), pipes[2];
+        struct pollfd key = { fd, POLLIN, 0 }, other = { 0, POLLIN, 0 };
+        pipe(pipes); other.fd = pipes[0];
+        send(fd, &m, sizeof m, 0);
+        printf("%d ", poll(&key, 1, 1));
+        printf("%d\n", poll(&other, 1, 1));
     } else if (!strcmp(how, "exit")) return atoi(argv[2]);
     else if (!strcmp(how, "die")) raise(atoi(argv[2]));
     else if (!strcmp(how, "catch")) {
@@ -150,10 +159,10 @@ def probe(request, tmp_path_factory):
 class Server:
     """A PF_KEY server over real databases in a thread."""
 
-    def __init__(self, path):
+    def __init__(self, path, barrier=None):
         self.path, self.database, self.jobs = path, MemoryDatabase(), queue.SimpleQueue()
         self.server = PfkeyServer(self.database, time.time, lambda n: int.from_bytes(os.urandom(8), "big") % n)
-        self.sockets = PfkeySocketServer(self.server)
+        self.sockets = PfkeySocketServer(self.server, barrier)
         self.sockets.listen(path)
         self.wake_read, self.wake_write = os.pipe()
         self.thread = threading.Thread(target=self._loop)
@@ -342,6 +351,20 @@ def test_without_a_daemon_s_hook_a_privileged_program_can_bypass_and_no_more(ser
     assert run(server.path, probe, "option", ipsec).stdout.split()[:2] == [str(refused)] * 2
 
 
+def test_a_program_that_waits_a_millisecond_for_its_reply_gets_it_from_a_daemon_that_takes_longer(probe, tmp_path):
+    """As OpenBSD's iked does; the kernel's PF_KEY has replied when the request returns."""
+
+
+    def later(release):
+        threading.Timer(0.3, made.call, [lambda _: release()]).start()
+
+    made = Server(tmp_path / "pfkey.sock", later)
+    try:
+        assert run(made.path, probe, "impatient").stdout.split() == ["1", "0"]
+    finally:
+        made.close()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 def test_a_user_without_privileges_is_served_with_no_new_privs(probe, tmp_path):
     for parent in (*Path(probe).parents[:3], *tmp_path.parents[:3], tmp_path):
@@ -396,6 +419,8 @@ def test_the_filter_notifies_for_what_ipsecq_serves_and_allows_all_else(machine)
                 accumulator = struct.unpack_from("=I", data, operand)[0]
             elif code == 0x15:
                 at += yes if accumulator == operand else no
+            elif code == 0x25:
+                at += yes if accumulator > operand else no
             else:
                 return {0x7FFF0000: "allow", 0x7FC00000: "notify"}[operand]
             at += 1
@@ -408,8 +433,12 @@ def test_the_filter_notifies_for_what_ipsecq_serves_and_allows_all_else(machine)
         assert verdict(arch.socket, family, 3, 2) == "allow"
     for level, option in ((0, 34), (41, 16), (1, 16), (1, 34), (0, 17), (6, 16)):
         assert verdict(arch.setsockopt, 3, level, option) == "allow"
-    for call in {*range(500)} - {arch.socket, arch.setsockopt}:
+    for call in {*range(500)} - {arch.socket, arch.setsockopt, arch.poll}:
         assert verdict(call, 15, 0, 16) == "allow"
+    assert verdict(arch.poll, 0x7000, 1, 1) == "notify"
+    assert verdict(arch.poll, 0x7000, 2, 1) == "allow"
+    for timeout in (0, 1000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF):
+        assert verdict(arch.poll, 0x7000, 1, timeout) == ("notify" if arch.poll_has_timespec else "allow")
 
 
 class IkePeer:

@@ -1,0 +1,121 @@
+"""Debian's ``iked``, unmodified, on gateways of the lab: ``ipsecq exec -- iked -d`` beside ``ipsecq run``."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.netns import LabError, stop, wait_for
+from ipsecq.lab.topology import Network, Site
+
+SECRET: Final = "mekmitasdigoat"  # noqa: S105  # the lab's, known to all
+CHILD: Final = "childsa enc aes-256 auth hmac-sha2-512"
+"""What openiked has on Linux: neither HMAC-SHA2-256 (old kernels cut it to 96 bits) nor AES-GCM (af_key has none)."""
+
+
+def missing() -> str:
+    """Why iked cannot run here; empty when it can."""
+    return "" if shutil.which("iked") else "needs iked (Debian's openiked)"
+
+
+def configuration(
+    near: Site, far: Site, *, active: bool, version: int = 4, lifetime: int = 0, child: str = CHILD, extra: str = "",
+    prefix: str = "",
+) -> str:  # fmt: skip
+    """An ``iked.conf`` for one end: everything between the two LANs, pre-shared key, named by host.
+
+    ``lifetime``: seconds after which child SAs are replaced (0: iked's default); ``prefix``: global lines before.
+    """
+    text = (
+        f'ikev2 "lans" {"active" if active else "passive"} esp from {near.lan(version)} to {far.lan(version)} '
+        f"local {near.wan(version)} peer {far.wan(version)} {child} srcid gw{near.number} dstid gw{far.number} "
+    )
+    if lifetime:
+        text += f"lifetime {lifetime} bytes 100G "
+    return f'{prefix}\n{text}psk "{SECRET}" {extra}\n'
+
+
+@dataclass
+class Iked:
+    """One iked on a gateway."""
+
+    gateway: Gateway
+    config: str
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.file = self.gateway.directory / "iked.conf"
+        self.log = self.gateway.directory / "iked.log"
+        self.control = self.gateway.directory / "iked.sock"
+
+    def start(self, *options: str) -> Iked:
+        """Start it under ``ipsecq exec``; it ends with the lab at the latest."""
+        self.file.write_text(self.config)
+        self.file.chmod(0o600)
+        self.process = self.gateway.space.popen(
+            sys.executable, "-m", "ipsecq", "exec", "--config", str(self.gateway.config), "--",
+            "iked", "-dvv", "-s", str(self.control), "-f", str(self.file), *options,
+            log=self.log,
+        )  # fmt: skip
+        return self
+
+    def stop(self) -> int:
+        """SIGTERM: iked deletes its SAs and policies, and tells the peer."""
+        if self.process is None:
+            raise LabError("iked was not started")
+        return stop(self.process)
+
+    def processes(self) -> list[int]:
+        """Pids of iked itself: the program's parent and its children, without ``ipsecq exec``."""
+        if self.process is None:
+            return []
+        done = self.gateway.space.lab.run("ps", "-eo", "pid=,ppid=", check=True)
+        children: dict[int, list[int]] = {}
+        for line in done.stdout.splitlines():
+            pid, parent = map(int, line.split())
+            children.setdefault(parent, []).append(pid)
+        found: list[int] = []
+        waiting = [self.process.pid]
+        while waiting:
+            below = children.get(waiting.pop(), [])
+            found += below
+            waiting += below
+        return found
+
+    def ctl(self, *words: str) -> str:
+        """``ikectl``: what it prints."""
+        return self.gateway.space.run("ikectl", "-s", str(self.control), *words, check=False).stdout
+
+    def text(self) -> str:
+        """Its log so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def sas(gateway: Gateway, state: Sequence[str] = ("mature",)) -> list[Any]:
+    """The SAs of a gateway in these states, from its status."""
+    return [sa for sa in gateway.status()["sas"] if sa["state"] in state]
+
+
+def start_pair(network: Network, *, workers: int = 2, wait: bool = True, **words: Any) -> tuple[
+    tuple[Gateway, Gateway], tuple[Iked, Iked]
+]:
+    """Both gateways without a word about IPsec in their files, an iked on each; one is active, two waits.
+
+    With ``wait`` it returns when an SA each way is there at both ends.
+    """
+    gateways = [Gateway(site.gateway, "", workers=workers) for site in network.sites]
+    for gateway in gateways:
+        gateway.start()
+    one, two = network.sites
+    daemons = [
+        Iked(gateways[1], configuration(two, one, active=False, **words)).start(),
+        Iked(gateways[0], configuration(one, two, active=True, **words)).start(),
+    ][::-1]
+    if wait:
+        wait_for(lambda: all(len(sas(gateway)) >= 2 for gateway in gateways), "SAs at both ends", 20)
+    return (gateways[0], gateways[1]), (daemons[0], daemons[1])
