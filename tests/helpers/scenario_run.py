@@ -268,7 +268,7 @@ def _acquire(event: Acquire) -> str:
 
 
 def _adds(setkey: str) -> str:
-    return "\n".join(sentence + ";" for sentence in re.findall(r"add [^;]*", setkey) if not sentence.startswith("spd"))
+    return "\n".join(sentence + ";" for sentence in re.findall(r"\badd [^;]*", setkey))
 
 
 def _complete(packet: bytes, protocol: int) -> bytes:

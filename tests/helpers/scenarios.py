@@ -35,13 +35,13 @@ FAMILIES = {
         "A": "10.0.0.1", "B": "10.0.0.2", "C": "10.0.0.3", "hosts": "10.0.0.0/24",
         "G": "192.0.2.1", "H": "192.0.2.2", "X": "192.0.2.9",
         "a": "10.1.0.7", "b": "10.2.0.7", "lan_a": "10.1.0.0/24", "lan_b": "10.2.0.0/24",
-        "tree": "net.inet.ipsec", "V": "IPv4", "any": "0.0.0.0/0", "full": "32", "icmp": "icmp",
+        "tree": "net.inet.ipsec", "V": "IPv4", "any": "0.0.0.0/0", "full": "32", "icmp": "icmp", "ICMP": "ICMP",
     },
     6: {
         "A": "fd00::1", "B": "fd00::2", "C": "fd00::3", "hosts": "fd00::/64",
         "G": "2001:db8::1", "H": "2001:db8::2", "X": "2001:db8::9",
         "a": "fd01::7", "b": "fd02::7", "lan_a": "fd01::/64", "lan_b": "fd02::/64",
-        "tree": "net.inet6.ipsec6", "V": "IPv6", "any": "::/0", "full": "128", "icmp": "icmp6",
+        "tree": "net.inet6.ipsec6", "V": "IPv6", "any": "::/0", "full": "128", "icmp": "icmp6", "ICMP": "ICMPv6",
     },
 }  # fmt: skip
 
