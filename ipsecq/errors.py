@@ -90,3 +90,10 @@ class StateError(IpsecqError):
     """The state directory is unreadable, of another machine or older than what was sent already."""
 
     code = "state"
+
+
+class CaptureError(IpsecqError):
+    """A capture file is none, is truncated, corrupt or of a kind that is not known: ``file: octet, packet: what``."""
+
+    code = "capture"
+    exit_status = 2

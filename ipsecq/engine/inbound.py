@@ -155,7 +155,7 @@ class Inbound:
             if protocol == _ESP:
                 offset, encapsulated = view.offset, 0
             elif protocol == IPPROTO_UDP:
-                offset = natt.esp_offset(packet, view)
+                offset = natt.esp_offset(packet, view, self._tables.natt_ports)
                 if not offset:
                     break
                 if offset < 0:

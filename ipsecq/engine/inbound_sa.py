@@ -89,7 +89,10 @@ class EspReady(_Ready):
 
     def __init__(self, sa: SecurityAssociation, tables: Tables) -> None:
         super().__init__(sa, tables)
-        built = cipher.build(sa.encryption or "null", sa.encryption_key, sa.authentication, sa.authentication_key)
+        built = cipher.build(
+            sa.encryption or "null", sa.encryption_key, sa.authentication, sa.authentication_key,
+            unauthenticated=tables.unauthenticated,
+        )  # fmt: skip
         self._transform = EspTransform(sa.spi, built, esn=sa.esn)
         self._peer_port = sa.natt.sport if sa.natt is not None else 0
         self._peer = sa.src

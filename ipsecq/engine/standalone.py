@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from ipsecq.counters import COUNTERS_WORDS
 from ipsecq.engine.tables import Random, Tables
+from ipsecq.numbers import NATT_PORT
 from ipsecq.policy.model import Policy
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.association import SecurityAssociation, Slot, slot_words
@@ -26,8 +27,13 @@ def build(
     policies: Iterable[Policy],
     random: Random,
     sysctl: Sysctl | None = None,
+    *,
+    unauthenticated: bool = False,
 ) -> Tables:
-    """Tables that hold these SAs (their ``slot`` is assigned here) and policies."""
+    """Tables that hold these SAs (their ``slot`` is assigned here) and policies.
+
+    ``unauthenticated`` opens ESP whose authentication key is missing.  ESP in UDP is taken on every port that an SA names.
+    """
     sas = list(associations)
     size = 0
     for sa in sas:
@@ -46,4 +52,7 @@ def build(
         words[slot + Slot.LEASED] = min(end, (1 << 64) - 1)
         return first, end
 
-    return Tables(Sad(sas), Spd(policies), sysctl or Sysctl(), words, counters, lease, random)
+    ports = frozenset((NATT_PORT, *(sa.natt.dport for sa in sas if sa.natt is not None)))
+    return Tables(
+        Sad(sas), Spd(policies), sysctl or Sysctl(), words, counters, lease, random, ports, unauthenticated
+    )

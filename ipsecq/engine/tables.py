@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ipsecq.numbers import NATT_PORT
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
@@ -32,6 +33,10 @@ class Tables:
     """This worker's counter array, cast to 'Q' (:class:`ipsecq.counters.Counter`)."""
     lease: Lease
     random: Random
+    natt_ports: frozenset[int] = frozenset((NATT_PORT,))
+    """UDP destination ports on which ESP arrives; captures show those of the far side of a NAT, too."""
+    unauthenticated: bool = False
+    """Open ESP whose separate authentication key is missing.  For captures only: never true on a gateway."""
 
     def generation(self) -> tuple[int, int, int]:
         """Changes whenever an SA, a policy or a knob does: what was derived from them before is then stale."""

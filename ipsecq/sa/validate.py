@@ -11,10 +11,13 @@ from ipsecq.sa.association import Lifetime, SecurityAssociation
 from ipsecq.sa.replay import MAX_REPLAY_WINDOW
 
 
-def validate(sa: SecurityAssociation, allow_legacy: bool = False) -> None:
+def validate(
+    sa: SecurityAssociation, allow_legacy: bool = False, *, allow_unauthenticated: bool = False
+) -> None:
     """Raise SadError (EINVAL) or AlgorithmError unless ``sa`` may be used.
 
-    ``allow_legacy`` admits algorithms that RFC 8221 forbids.  A larval SA has no algorithms yet and needs none.
+    ``allow_legacy`` admits algorithms that RFC 8221 forbids, ``allow_unauthenticated`` (reading captures) an ESP SA
+    without its authentication key.  A larval SA has no algorithms yet and needs none.
     """
     _check_spi(sa)
     if len(sa.src) != len(sa.dst) or len(sa.dst) not in (4, 16):
@@ -37,7 +40,7 @@ def validate(sa: SecurityAssociation, allow_legacy: bool = False) -> None:
         raise SadError(f"padding to {sa.tfc_pad} octets: use 0 to 65535")
     _check_lifetimes(sa.soft, sa.hard)
     if sa.state is not SaState.LARVAL:
-        _check_algorithms(sa, allow_legacy)
+        _check_algorithms(sa, allow_legacy, allow_unauthenticated)
 
 
 def _check_spi(sa: SecurityAssociation) -> None:
@@ -72,7 +75,7 @@ def _check_lifetimes(soft: Lifetime, hard: Lifetime) -> None:
             raise SadError(f"soft lifetime {low} of {name} is over the hard one, {high}: the soft one must come first")
 
 
-def _check_algorithms(sa: SecurityAssociation, allow_legacy: bool) -> None:
+def _check_algorithms(sa: SecurityAssociation, allow_legacy: bool, allow_unauthenticated: bool) -> None:
     if sa.protocol is Protocol.IPCOMP:
         if sa.compression is None:
             raise AlgorithmError("ipcomp needs a compression algorithm: add '-C deflate'")
@@ -83,5 +86,6 @@ def _check_algorithms(sa: SecurityAssociation, allow_legacy: bool) -> None:
         name = sa.protocol.name.lower()
         raise AlgorithmError(f"{name} does not compress: remove '-C {sa.compression}', or use ipcomp")
     registry.check_combination(
-        sa.protocol, sa.encryption, sa.encryption_key, sa.authentication, sa.authentication_key, allow_legacy
-    )
+        sa.protocol, sa.encryption, sa.encryption_key, sa.authentication, sa.authentication_key, allow_legacy,
+        allow_unauthenticated,
+    )  # fmt: skip

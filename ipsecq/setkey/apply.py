@@ -25,12 +25,14 @@ class Applied:
 
 
 def apply(
-    commands: Iterable[c.Command], sad: Sad, spd: Spd, *, now: float, file: str = "", allow_legacy: bool = False
-) -> Applied:
+    commands: Iterable[c.Command], sad: Sad, spd: Spd, *, now: float, file: str = "", allow_legacy: bool = False,
+    allow_unauthenticated: bool = False,
+) -> Applied:  # fmt: skip
     """Carry out ``commands`` on copies of ``sad`` and ``spd`` and return them; the arguments stay as they are.
 
     ``now`` (Unix seconds) becomes the creation time of what is added.  ConfigError with file, line and column of the
-    first command that fails; nothing has been changed then.  Copying costs time in proportion to the content:
+    first command that fails; nothing has been changed then.  ``allow_legacy`` and ``allow_unauthenticated`` are those
+    of :func:`ipsecq.sa.validate.validate`.  Copying costs time in proportion to the content:
     this is for files; single changes go to :class:`Sad` and :class:`Spd` themselves.
     """
     result = Applied(sad.copy(), spd.copy())
@@ -38,16 +40,18 @@ def apply(
         if isinstance(command, c.Exit):
             break
         try:
-            _apply_one(command, result, now, allow_legacy)
+            _apply_one(command, result, now, allow_legacy, allow_unauthenticated)
         except (SadError, SpdError, AlgorithmError) as error:
             raise ConfigError(str(error), file=file, line=command.line, column=command.column) from error
     return result
 
 
-def _apply_one(command: c.Command, to: Applied, now: float, allow_legacy: bool) -> None:
+def _apply_one(
+    command: c.Command, to: Applied, now: float, allow_legacy: bool, allow_unauthenticated: bool
+) -> None:
     match command:
         case c.Add(sa):
-            validate(sa, allow_legacy)
+            validate(sa, allow_legacy, allow_unauthenticated=allow_unauthenticated)
             to.sad.add(replace(sa, created=now))
         case c.Get(src, dst, protocol, spi):
             to.shown.append(to.sad.get(dst, protocol, spi, src))

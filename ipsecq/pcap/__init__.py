@@ -1,0 +1,1 @@
+"""Capture files through the engine: ``ipsecq pcap decrypt`` and ``ipsecq pcap encrypt``.  Needs no root and no daemon."""
