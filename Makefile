@@ -13,7 +13,7 @@ export PYTHON
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
-PACKAGES_TEST  := $(PACKAGES_LAB) conntrack tshark user-mode-linux kmod
+PACKAGES_TEST  := $(PACKAGES_LAB) systemd conntrack tshark user-mode-linux kmod
 
 .PHONY: help demo test check bench install uninstall clean
 

@@ -1,0 +1,94 @@
+"""The systemd unit: accepted without a word, exposed no more than promised, and still what the daemon needs."""
+
+import configparser
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+UNIT = Path(__file__).parents[3] / "systemd" / "ipsecq.service"
+CI = UNIT.parents[1] / ".ci"
+
+needs_analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+
+
+class Values(dict):
+    """Keys of a unit may come several times: all values, in order."""
+
+    def __setitem__(self, key, value):
+        if isinstance(value, list) and key in self:
+            self[key].extend(value)
+        else:
+            super().__setitem__(key, value)
+
+
+@pytest.fixture(scope="module")
+def unit():
+    parser = configparser.ConfigParser(
+        strict=False, dict_type=Values, interpolation=None, delimiters=("=",), empty_lines_in_values=False
+    )
+    parser.optionxform = str
+    parser.read(UNIT)
+    return {name: {key: value.split("\n") for key, value in parser[name].items()} for name in parser.sections()}
+
+
+def analyze(tmp_path, *argv):
+    """systemd-analyze over the unit with a program in ExecStart= that is there on this machine, too."""
+    there = tmp_path / "ipsecq.service"
+    there.write_text(UNIT.read_text().replace("/usr/local/bin/ipsecq", sys.executable))
+    return subprocess.run(["systemd-analyze", *argv, str(there)], capture_output=True, text=True, check=False)
+
+
+@needs_analyze
+def test_verify_has_nothing_to_say(tmp_path):
+    done = analyze(tmp_path, "verify")
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@needs_analyze
+def test_exposure_is_2_0_at_most(tmp_path):
+    done = analyze(tmp_path, "security", "--no-pager", "--offline=true", "--threshold=20")
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_daemon_has_two_capabilities_and_no_way_to_more(unit):
+    service = unit["Service"]
+    assert service["CapabilityBoundingSet"] == ["CAP_NET_ADMIN CAP_NET_RAW"]
+    assert service["AmbientCapabilities"] == ["CAP_NET_ADMIN CAP_NET_RAW"]
+    assert service["NoNewPrivileges"] == ["yes"]
+    assert service["User"] == ["ipsecq"]
+
+
+def test_keys_do_not_reach_a_disk(unit):
+    assert (unit["Service"]["LimitCORE"], unit["Service"]["LimitMEMLOCK"]) == (["0"], ["infinity"])
+
+
+def test_replay_windows_live_until_the_next_boot(unit):
+    assert unit["Service"]["RuntimeDirectoryPreserve"] == ["yes"]
+
+
+def test_a_stop_goes_to_the_supervisor_alone(unit):
+    """Workers that get SIGTERM too are gone before the rules block."""
+    assert unit["Service"]["KillMode"] == ["mixed"]
+
+
+def test_rules_come_before_the_network_and_after_those_who_flush(unit):
+    assert "network-pre.target" in " ".join(unit["Unit"]["Before"])
+    assert "nftables.service" in " ".join(unit["Unit"]["After"])
+    assert unit["Unit"]["DefaultDependencies"] == ["no"]
+
+
+def test_a_mistake_in_a_file_is_not_tried_again(unit):
+    assert unit["Service"]["Restart"] == ["on-failure"]
+    assert unit["Service"]["RestartPreventExitStatus"] == ["2"]
+
+
+def test_paths_are_those_of_make_install(unit):
+    makefile = (UNIT.parents[1] / "Makefile").read_text()
+    for default in ("PREFIX  ?= /opt/ipsecq", "ETC     ?= /etc/ipsecq", "BIN     ?= /usr/local/bin"):
+        assert default in makefile
+    assert unit["Service"]["ExecStart"] == ["/usr/local/bin/ipsecq run --config /etc/ipsecq/ipsecq.toml"]
+    assert "/opt/ipsecq" in unit["Unit"]["RequiresMountsFor"][0]
+    assert "useradd --system --gid ipsecq" in (CI / "install").read_text()
