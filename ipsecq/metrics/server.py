@@ -16,6 +16,8 @@ from ipsecq.metrics.source import Source
 
 MAX_CLIENTS: Final = 8
 CLIENT_SECONDS: Final = 5.0
+_IP_FREEBIND: Final = 15
+"""``IP_FREEBIND`` of <linux/in.h>, which holds for both families."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -38,6 +40,8 @@ class _Server(ThreadingMixIn, WSGIServer):
     def server_bind(self) -> None:
         """As in WSGIServer, without asking the DNS for our own name."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # The daemon starts before the network: the address may come later.
+        self.socket.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -65,7 +69,7 @@ class MetricsServer:
     """Serves ``source`` on (host, port) from threads of this process, in the network namespace it was made in."""
 
     def __init__(self, host: str, port: int, source: Source) -> None:
-        """Bind; DaemonError when the address is taken or not ours."""
+        """Bind; DaemonError when the address is taken.  It may be one that this host does not have yet."""
         registry = CollectorRegistry()
         registry.register(IpsecqCollector(source))
         try:
