@@ -15,7 +15,7 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_TEST  := $(PACKAGES_LAB) systemd conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check bench install uninstall clean
+.PHONY: help demo test check bench bench-policy scenarios install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,16 @@ bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other w
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
 	@.ci/need-venv $(VENV) lab
 	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
+
+bench-policy: ## cost of policy look-ups at 10 to 100,000 policies and SAs
+	@tools/need-packages $(PACKAGES_BUILD)
+	@tools/need-venv $(VENV)
+	@$(VENV)/bin/python -m ipsecq.lab.bench_policy $(BENCH)
+
+scenarios: ## write docs/scenarios.md from tests/scenarios
+	@tools/need-packages $(PACKAGES_BUILD)
+	@tools/need-venv $(VENV)
+	@$(VENV)/bin/python tests/helpers/scenario_docs.py
 
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)

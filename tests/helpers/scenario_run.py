@@ -25,7 +25,6 @@ from ipsecq.sa.sad import Sad
 from ipsecq.setkey.apply import apply
 from ipsecq.setkey.parser import parse
 from ipsecq.setkey.values import format_address
-from ipsecq.sysctl import Sysctl
 
 OUT_FATES = {Fate.PASS: "clear", Fate.DONE: "protected", Fate.HOLD: "held"}
 IN_FATES = {Fate.PASS: "enters in clear", Fate.DONE: "enters", Fate.ABSORBED: "absorbed"}
@@ -168,7 +167,7 @@ def build(text: str, sent: list[bytes]) -> bytes:
     options = dict(word.partition("=")[::2] for word in rest if "=" in word or word == "df")
     words = [word for word in rest if "=" not in word and word != "df"]
     protocol = PROTOCOLS.get(protocol_name) or int(protocol_name)
-    payload = bytes(int(options.get("size", "64")))
+    payload = bytes((int(options.get("fill", "0"), 0),)) * int(options.get("size", "64"))
     s, d = address(src), address(dst)
     if protocol in {6, 17}:
         sport, dport = (int(word) for word in words)
@@ -191,6 +190,9 @@ def build(text: str, sent: list[bytes]) -> bytes:
     else:
         packet = ipv6.header(s, d, protocol, len(segment), traffic_class=tos) + segment
     packet = _complete(packet, protocol)
+    if "badsum" in options:
+        at = len(packet) - len(segment) + {17: 6, 6: 16}[protocol]
+        packet = packet[:at] + bytes((packet[at] ^ 0x55, packet[at + 1])) + packet[at + 2 :]
     if fragment:
         packet = _fragment(packet, later=fragment == "later")
     return packet

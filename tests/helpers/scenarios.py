@@ -9,7 +9,8 @@ Keys of a row:
 ``rule``      what the row shows, in a sentence
 ``policy``    spdadd sentences of the machine under test; ``sas`` names of tests/scenarios/sas.toml; ``knobs`` sysctls
 ``way``       ``out``: the packet leaves; ``in``: it arrives
-``packet``    ``SRC > DST PROTOCOL [SPORT DPORT | TYPE,CODE] [size=N tos=N df fragment=first|later mtu=N about=…]``
+``packet``    ``SRC > DST PROTOCOL [SPORT DPORT | TYPE,CODE] [size=N fill=OCTET tos=N df fragment=first|later badsum=1
+              mtu=N about=…]``
 ``mtu``       of the path; 1500 by default
 ``sealed``    ``in``: policies of the peer that sealed the packet; without them it arrives as it is.  The peer has
               ``peer_sas`` (default: ``sas``) and ``peer_knobs``
@@ -36,12 +37,14 @@ FAMILIES = {
         "G": "192.0.2.1", "H": "192.0.2.2", "X": "192.0.2.9",
         "a": "10.1.0.7", "b": "10.2.0.7", "lan_a": "10.1.0.0/24", "lan_b": "10.2.0.0/24",
         "tree": "net.inet.ipsec", "V": "IPv4", "any": "0.0.0.0/0", "full": "32", "icmp": "icmp", "ICMP": "ICMP",
+        "toobig": "icmp 3,4", "unreachable": "icmp 3,1", "floor": "576",
     },
     6: {
         "A": "fd00::1", "B": "fd00::2", "C": "fd00::3", "hosts": "fd00::/64",
         "G": "2001:db8::1", "H": "2001:db8::2", "X": "2001:db8::9",
         "a": "fd01::7", "b": "fd02::7", "lan_a": "fd01::/64", "lan_b": "fd02::/64",
         "tree": "net.inet6.ipsec6", "V": "IPv6", "any": "::/0", "full": "128", "icmp": "icmp6", "ICMP": "ICMPv6",
+        "toobig": "icmp6 2,0", "unreachable": "icmp6 1,0", "floor": "1280",
     },
 }  # fmt: skip
 
