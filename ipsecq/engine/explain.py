@@ -5,10 +5,12 @@ Nothing is changed by an explanation: no sequence number is taken, no ACQUIRE is
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
-from ipsecq.counters import Counter
 from ipsecq.engine.bundle import Bundle
+from ipsecq.engine.history import with_ends
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.numbers import IPPROTO_ANY, Action, Direction, Level, Mode, Protocol
@@ -42,163 +44,244 @@ class Skipped:
 
 @dataclass(slots=True)
 class TransformReport:
-    """One transform of the deciding policy."""
+    """One transform of the deciding policy, with the ends that its SA has for this packet."""
 
     transform: Transform
     level: Level
+    src: bytes
+    dst: bytes
     sa: SecurityAssociation | None
     note: str
 
 
 @dataclass(slots=True)
+class Knob:
+    """A variable that decided something here, and what."""
+
+    name: str
+    value: int
+    meaning: str
+
+
+@dataclass(slots=True)
 class Explanation:
-    """The whole answer.  ``fate`` is a sentence; ``layout`` names the headers of the finished datagram, outermost first."""
+    """The whole answer."""
 
     flow: Flow
     direction: Direction
     policy: Policy | None
     skipped: list[Skipped]
     transforms: list[TransformReport] = field(default_factory=list)
+    verdict: str = ""
+    """Outbound ``clear``, ``protected``, ``held`` or ``dropped``; inbound, what may enter: ``anything``, ``protected`` or
+    ``nothing``."""
     fate: str = ""
+    """The verdict as a sentence."""
     layout: list[str] = field(default_factory=list)
+    """Headers of the finished datagram, outermost first."""
     overhead: int = 0
     """Octets that the headers add to a packet of ``mtu`` octets."""
     mtu: int = 0
-    """The largest packet of this flow that needs no fragmentation; 0 where nothing is sent."""
+    """The largest packet of this flow that needs no fragmentation; 0 where nothing is sealed."""
+    knobs: list[Knob] = field(default_factory=list)
 
 
 def outbound(tables: Tables, flow: Flow, path_mtu: int) -> Explanation:
-    """What happens to a packet that leaves.  ``path_mtu`` is the link's towards the outermost destination."""
+    """What happens to a whole packet that leaves, by :meth:`ipsecq.engine.outbound.Outbound.process`.
+
+    ``path_mtu`` is that towards the outermost destination, in octets.
+    """
     policy, skipped = _decide(tables, Direction.OUT, flow)
     answer = Explanation(flow, Direction.OUT, policy, skipped)
-    knobs = _knobs(tables, flow.src)
     if policy is None:
-        answer.fate = (
-            "passes in clear: no policy names it and def_policy is none"
-            if knobs.def_policy
-            else "dropped: no policy names it and def_policy is discard"
-        )
+        passes = _default_policy(tables, answer)
+        answer.verdict = "clear" if passes else "dropped"
+        answer.fate = f"no policy names it: {'passes in clear' if passes else 'dropped'} by def_policy"
     elif policy.action is Action.DISCARD:
-        answer.fate = "dropped: the policy says discard"
+        answer.verdict, answer.fate = "dropped", "dropped: the policy says discard"
     elif policy.action is not Action.IPSEC:
-        answer.fate = f"passes in clear: the policy says {policy.action.name.lower()}"
+        answer.verdict, answer.fate = "clear", f"passes in clear: the policy says {policy.action.name.lower()}"
     else:
         _explain_bundle(tables, answer, policy, path_mtu)
     return answer
 
 
 def inbound(tables: Tables, flow: Flow) -> Explanation:
-    """What a packet that arrives must have been through."""
+    """What a packet that arrives must have been through, by :func:`ipsecq.engine.history.check`."""
     policy, skipped = _decide(tables, Direction.IN, flow)
     answer = Explanation(flow, Direction.IN, policy, skipped)
     knobs = _knobs(tables, flow.src)
     if policy is None:
-        answer.fate = (
-            "enters, protected or not: no policy names it and def_policy is none"
-            if knobs.def_policy
-            else "dropped: no policy names it and def_policy is discard"
-        )
+        passes = _default_policy(tables, answer)
+        answer.verdict = "anything" if passes else "nothing"
+        answer.fate = f"no policy names it: {'enters, protected or not,' if passes else 'dropped'} by def_policy"
         return answer
     if policy.action is Action.DISCARD:
-        answer.fate = "dropped: the policy says discard"
+        answer.verdict, answer.fate = "nothing", "dropped: the policy says discard"
         return answer
     if policy.action is not Action.IPSEC:
+        answer.verdict = "anything"
         answer.fate = f"enters, protected or not: the policy says {policy.action.name.lower()}"
         return answer
     must = []
-    near, far = flow.src, flow.dst
-    for transform in policy.transforms:
+    for transform, src, dst in with_ends(policy, flow.src, flow.dst):
         enforced = enforced_inbound(transform, knobs)
         level = resolve_level(transform, knobs)
-        src, dst = transform.src or near, transform.dst or far
-        # The SA is the sender's to choose: any of these ends will do.
+        # Which of several SAs is used is the sender's choice: this is one that would do.
         sa = tables.sad.outbound(int(transform.protocol), int(transform.mode), src, dst, transform.reqid)
         note = "must have been applied" if enforced else "is not enforced inbound"
-        answer.transforms.append(TransformReport(transform, level, sa, note))
+        if sa is None:
+            note += "; no SA here could open it"
+        _note_knobs(answer, transform, knobs)
+        if not _enabled(transform, knobs):
+            note = f"{_enable_name(transform)} is 0: dropped on arrival"
+        answer.transforms.append(TransformReport(transform, level, src, dst, sa, note))
         if enforced:
             must.append(f"{transform.protocol.name.lower()}/{transform.mode.name.lower()}")
-        if transform.mode is Mode.TUNNEL:
-            near, far = src, dst
-    how = "in this order, mode and between these ends" if knobs.check_policy_history else "in any order and mode"
+    strict = knobs.check_policy_history
+    how = "in this order, in this mode, between these ends" if strict else "in any order and mode"
     if must:
-        answer.fate = f"enters only after {' and '.join(must)} ({how}); in clear it is dropped"
+        answer.knobs.append(Knob("net.inet.ipsec.check_policy_history", strict, how))
+        answer.verdict = "protected"
+        answer.fate = f"enters only after {' and '.join(must)}, {how}; in clear it is dropped"
     else:
-        answer.fate = "enters, protected or not: no transform is required"
+        answer.verdict, answer.fate = "anything", "enters, protected or not: no transform is required"
     return answer
 
 
 def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, path_mtu: int) -> None:
     steps: list[OutboundStep] = []
     pool = Pool(bytes)  # nothing is sealed here
-    src, dst = answer.flow.src, answer.flow.dst
-    blocked = ""
-    for transform in policy.transforms:
-        knobs = _knobs(tables, src)
-        near, far = transform.src or src, transform.dst or dst
+    flow = answer.flow
+    knobs = _knobs(tables, flow.src)
+    outermost = flow.dst
+    blocked = ("", "")
+    for transform, near, far in with_ends(policy, flow.src, flow.dst):
         level = resolve_level(transform, knobs)
-        name = transform.protocol.name.lower()
         sa = tables.sad.outbound(
             int(transform.protocol), int(transform.mode), near, far, transform.reqid,
             oldest=tables.sysctl.key.preferred_oldsa != 0,
         )  # fmt: skip
         note = "applied"
-        if not getattr(knobs, f"{name}_enable"):
-            note = f"net.inet.{name}.{name}_enable is 0"
-            blocked = blocked or f"dropped: {note}"
+        _note_knobs(answer, transform, knobs)
+        if not _enabled(transform, knobs):
+            note = f"{_enable_name(transform)} is 0"
+            blocked = blocked if blocked[0] else ("dropped", f"dropped: {note}")
         elif sa is None:
-            note = "no SA: skipped" if level is Level.USE else "no SA: asked for, the packet waits"
-            if level is not Level.USE:
-                blocked = blocked or "held until key management brings an SA, then dropped"
-        answer.transforms.append(TransformReport(transform, level, sa, note))
+            note = "no SA: asked for, and left out" if level is Level.USE else "no SA: asked for, the packet waits"
+            if level is not Level.USE and not blocked[0]:
+                blocked = ("held", "waits until key management brings the SA that is missing, then is dropped")
+        answer.transforms.append(TransformReport(transform, level, near, far, sa, note))
         if sa is None:
             continue
         tunnel = transform.mode is Mode.TUNNEL
         steps.append(make_step(sa, tables, pool, tunnel))
         if tunnel:
-            src, dst = near, far
-    if blocked:
-        answer.fate = blocked
+            outermost = far
+    if blocked[0]:
+        answer.verdict, answer.fate = blocked
         return
     if not steps:
-        answer.fate = "passes in clear: no SA, and every level is use"
+        answer.verdict, answer.fate = "clear", "passes in clear: no SA, and every level is use"
         return
-    header = 20 if len(answer.flow.src) == 4 else 40
-    bundle = Bundle(tuple(steps), dst)
+    header = 20 if len(flow.src) == 4 else 40
+    bundle = Bundle(tuple(steps), outermost)
     answer.mtu = bundle.largest(path_mtu, header)
     answer.overhead = bundle.sealed_length(answer.mtu, header) - answer.mtu
-    answer.layout = _layout(answer.flow, steps)
-    answer.fate = "protected"
+    answer.layout = _layout(flow, steps)
+    answer.verdict, answer.fate = "protected", "protected"
+    _note_headers(tables, answer, steps)
 
 
 def _layout(flow: Flow, steps: list[OutboundStep]) -> list[str]:
-    """Headers of the finished datagram, outermost first."""
-    headers = ["IPv4" if len(flow.src) == 4 else "IPv6"]
+    """Headers of the finished datagram, outermost first; IPComp is there unless the packet is better without it."""
+    front = _ip(flow.src, flow.dst)
     behind = ["payload"]
     for step in steps:
         sa = step.sa
         name = {Protocol.ESP: "ESP", Protocol.AH: "AH", Protocol.IPCOMP: "IPComp"}[sa.protocol]
-        transform = f"{name} spi=0x{sa.spi:08x}"
         if step.tunnel:
-            behind = [transform, *headers, *behind]
-            headers = ["IPv4" if len(sa.dst) == 4 else "IPv6"]
-        else:
-            behind = [transform, *behind]
+            behind = [front, *behind]
+            front = _ip(sa.src, sa.dst)
+        behind = [f"{name} {sa.spi:#x}", *behind]
         if sa.natt is not None:
-            behind = [f"UDP {sa.natt.sport}>{sa.natt.dport}", *behind]
-    return headers + behind
+            behind = [f"UDP {sa.natt.sport} > {sa.natt.dport}", *behind]
+    return [front, *behind]
+
+
+def _ip(src: bytes, dst: bytes) -> str:
+    return f"IPv{4 if len(src) == 4 else 6} {ip_address(src)} > {ip_address(dst)}"
+
+
+# -- which variables matter ----------------------------------------------------------------------------
+
+
+def _tree(version: int) -> str:
+    return "net.inet.ipsec" if version == 4 else "net.inet6.ipsec6"
+
+
+def _default_policy(tables: Tables, answer: Explanation) -> bool:
+    """True when ``def_policy`` lets it pass."""
+    value = _knobs(tables, answer.flow.src).def_policy
+    tree = _tree(4 if len(answer.flow.src) == 4 else 6)
+    answer.knobs.append(Knob(f"{tree}.def_policy", value, "none" if value else "discard"))
+    return value != 0
+
+
+def _enable_name(transform: Transform) -> str:
+    name = transform.protocol.name.lower()
+    return f"net.inet.{name}.{name}_enable"
+
+
+def _enabled(transform: Transform, knobs: FamilyKnobs) -> bool:
+    return bool(getattr(knobs, f"{transform.protocol.name.lower()}_enable"))
+
+
+def _note_knobs(answer: Explanation, transform: Transform, knobs: FamilyKnobs) -> None:
+    """The variables that say whether a transform is on, and what its level ``default`` means."""
+    if not _enabled(transform, knobs):
+        answer.knobs.append(Knob(_enable_name(transform), 0, f"{transform.protocol.name} is off, both ways"))
+    if transform.level is Level.DEFAULT and transform.protocol is not Protocol.IPCOMP:
+        mode = "net" if transform.mode is Mode.TUNNEL else "trans"
+        attribute = f"{transform.protocol.name.lower()}_{mode}_deflev"
+        tree = _tree(4 if len(answer.flow.src) == 4 else 6)
+        value = getattr(knobs, attribute)
+        meaning = f"level default is {resolve_level(transform, knobs).name.lower()}"
+        answer.knobs.append(Knob(f"{tree}.{attribute}", value, meaning))
+
+
+def _note_headers(tables: Tables, answer: Explanation, steps: list[OutboundStep]) -> None:
+    """The variables that shape what leaves."""
+    for step in steps:
+        version = 4 if len(step.sa.dst) == 4 else 6
+        knobs = tables.sysctl.v4 if version == 4 else tables.sysctl.v6
+        if step.tunnel:
+            ecn = {0: "outer ECN cleared", 1: "ECN copied to the outer header"}.get(knobs.ecn, "ECN left alone")
+            answer.knobs.append(Knob(f"{_tree(version)}.ecn", knobs.ecn, ecn))
+        if step.tunnel and version == 4:
+            df = {0: "outer DF clear", 1: "outer DF set"}.get(knobs.dfbit, "outer DF copied from the inner header")
+            answer.knobs.append(Knob("net.inet.ipsec.dfbit", knobs.dfbit, df))
+        if step.sa.protocol is Protocol.AH and version == 4:
+            covered = "TOS not covered" if knobs.ah_cleartos else "TOS covered by AH"
+            answer.knobs.append(Knob("net.inet.ipsec.ah_cleartos", knobs.ah_cleartos, covered))
+            mask = f"flags and offset covered under mask {knobs.ah_offsetmask:#06x}"
+            answer.knobs.append(Knob("net.inet.ipsec.ah_offsetmask", knobs.ah_offsetmask, mask))
+
+
+# -- which policies were looked at ---------------------------------------------------------------------
 
 
 def _decide(tables: Tables, direction: Direction, flow: Flow) -> tuple[Policy | None, list[Skipped]]:
     """The policy by the same look-up as for packets, and the ones that are looked at before it."""
     found = tables.spd.lookup(direction, flow.src, flow.dst, flow.protocol, flow.sport, flow.dport)
-    skipped: list[Skipped] = []
+    skipped: deque[Skipped] = deque(maxlen=MAX_SKIPPED)
     for policy in tables.spd.dump():
         if policy.direction is not direction or policy.selector.family != (4 if len(flow.src) == 4 else 6):
             continue
         if found is not None and policy.id == found.id:
             break
         skipped.append(Skipped(policy, _differs(policy.selector, flow)))
-    return found, skipped[-MAX_SKIPPED:]
+    return found, list(skipped)
 
 
 def _differs(selector: Selector, flow: Flow) -> str:
@@ -217,8 +300,3 @@ def _differs(selector: Selector, flow: Flow) -> str:
 
 def _knobs(tables: Tables, address: bytes) -> FamilyKnobs:
     return tables.sysctl.v4 if len(address) == 4 else tables.sysctl.v6
-
-
-def counter_meaning(reason: int) -> str:
-    """A drop reason as people read it: ``esp_badauth``."""
-    return Counter(reason).name.lower()
