@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Final
 
 from ipsecq.counters import Counter
-from ipsecq.engine.explain import counter_meaning
 from ipsecq.numbers import IPPROTO_UDP, Protocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
@@ -57,7 +56,7 @@ _REASONS: Final = {
 
 def reason(counter: int) -> str:
     """Why a packet was dropped, for people."""
-    return _REASONS.get(Counter(counter)) or counter_meaning(counter)
+    return _REASONS.get(Counter(counter)) or Counter(counter).name.lower()
 
 
 def address(octets: bytes) -> str:
