@@ -45,13 +45,13 @@ bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other w
 	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
 
 bench-policy: ## cost of policy look-ups at 10 to 100,000 policies and SAs
-	@tools/need-packages $(PACKAGES_BUILD)
-	@tools/need-venv $(VENV)
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.lab.bench_policy $(BENCH)
 
 scenarios: ## write docs/scenarios.md from tests/scenarios
-	@tools/need-packages $(PACKAGES_BUILD)
-	@tools/need-venv $(VENV)
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python tests/helpers/scenario_docs.py
 
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
