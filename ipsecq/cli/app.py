@@ -144,6 +144,27 @@ def exec_(context: typer.Context, config: ConfigOption = configuration.DEFAULT_P
     )  # fmt: skip
 
 
+state = typer.Typer(no_args_is_help=True, help="What the state directory knows about sequence numbers.")
+app.add_typer(state, name="state")
+
+
+@state.command()
+def reset(
+    spi: Annotated[str, typer.Argument(help="The SA's SPI, decimal or 0x hexadecimal.")],
+    config: ConfigOption = configuration.DEFAULT_PATH,
+) -> None:
+    """Say that an SA that refuses to send has keys that were never used: it may send from now on.
+
+    With keys that were used before, this gives the cipher away.
+    """
+    try:
+        number = int(spi, 0)
+    except ValueError:
+        raise typer.BadParameter(f"expected an SPI such as 0x1001, found {spi!r}") from None
+    count = _ask(config, "state-reset", spi=number)
+    print(f"0x{number:08x}: {count} SA{'' if count == 1 else 's'} may send")
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

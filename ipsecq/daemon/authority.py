@@ -8,13 +8,14 @@ queued as operations for the workers (:mod:`ipsecq.daemon.replica`).  The owner 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ipsecq.crypto import registry
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.messages import Operation
 from ipsecq.daemon.table import SharedTable, fingerprint
+from ipsecq.errors import IpsecqError
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.policy.model import Policy
 from ipsecq.policy.spd import Spd
@@ -26,12 +27,29 @@ from ipsecq.sysctl import Sysctl
 PFKEY_LABEL: Final = "pfkey:"
 """Begins the label of whatever came over PF_KEY."""
 _STATE: Final = int(Slot.STATE)
+SWEEP: Final = 4096
+"""SAs that one look at lifetimes and reservations takes in: a hundred thousand take seconds, not the event loop."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """Operations to send, and what is due when all workers have acknowledged them (:meth:`Authority.done`)."""
+
+    operations: list[Operation] = field(default_factory=list)
+    retiring: list[int] = field(default_factory=list)
+    """Slots of SAs that have gone, or move."""
+    moving: list[tuple[SecurityAssociation, bool]] = field(default_factory=list)
+    """(SA, passing): its window has another size, so it gets a slot when no worker uses the old one."""
+
+    def __bool__(self) -> bool:
+        return bool(self.operations or self.retiring or self.moving)
 
 
 class Authority:
     """The originals.  ``sad``, ``spd`` and ``sysctl`` may be read by anybody and are changed by this object alone."""
 
-    def __init__(self, table: SharedTable, book: LeaseBook) -> None:
+    def __init__(self, table: SharedTable, book: LeaseBook, *, rekey_grace: float = 0.0) -> None:
+        """``rekey_grace``: seconds that :meth:`retire_sa` lets a replaced SA go on receiving."""
         self.sad = Sad()
         self.spd = Spd()
         self.sysctl = Sysctl()
@@ -39,36 +57,64 @@ class Authority:
         """SAs that refuse to send, and why."""
         self._table = table
         self._book = book
-        self._operations: list[Operation] = []
-        self._retiring: list[int] = []
+        self._batch = Batch()
+        self._uses: dict[int, int] = {}
+        """Slot → how many SAs have it, those included that some worker may still know."""
+        self._sweep: list[SecurityAssociation] = []
+        self._rekey_grace = rekey_grace
+        self._leaving: dict[SaKey, tuple[float, SecurityAssociation]] = {}
+        """Deleted, but still receiving, and until when: no longer in ``sad``, still in the workers' SADs."""
 
     @property
     def changed(self) -> bool:
-        """Are there operations that :meth:`take` has not given out yet?"""
-        return bool(self._operations)
+        """Is there anything that :meth:`take` has not given out yet?"""
+        return bool(self._batch)
+
+    @property
+    def _operations(self) -> list[Operation]:
+        return self._batch.operations
 
     # -- for the workers ---------------------------------------------------------------------------------------------
 
-    def take(self) -> tuple[list[Operation], list[int]]:
-        """Operations since the last call, and slots to :meth:`retire` when all workers have acknowledged them."""
-        operations, self._operations = self._operations, []
-        slots, self._retiring = self._retiring, []
-        return operations, slots
+    def take(self) -> Batch:
+        """What has changed since the last call."""
+        batch, self._batch = self._batch, Batch()
+        return batch
 
-    def retire(self, slots: Iterable[int]) -> None:
-        """Give back the slots of deleted SAs that no worker knows any more."""
-        live = {sa.slot for sa in self.sad}
-        for slot in slots:
-            if slot not in live:
-                self._table.retire(slot)
+    def done(self, batch: Batch) -> None:
+        """All workers have acknowledged the batch: no worker knows the slots of its deleted SAs any more.
+
+        An SA that changes its slot gets the new one now, in operations for the next batch.
+        """
+        wanted = [(sa, passing) for sa, passing in batch.moving if self.sad.inbound(sa.key) is sa]
+        kept = {fingerprint(sa) for sa, _ in wanted}
+        for slot in batch.retiring:
+            self._uses[slot] -= 1
+            if not self._uses[slot]:
+                del self._uses[slot]
+                self._table.retire(slot, counts=self._table.fingerprint_of(slot) in kept)
+        for at, (sa, passing) in enumerate(wanted):
+            try:
+                self._give(sa, passing)
+            except IpsecqError:
+                self._batch.moving += wanted[at:]
+                raise
+
+    def undone(self, batch: Batch) -> None:
+        """Not all workers have acknowledged it.  New workers get the whole state; what is due stays due."""
+        self._batch.retiring = batch.retiring + self._batch.retiring
+        self._batch.moving = batch.moving + self._batch.moving
 
     def whole_state(self) -> Iterable[Operation]:
         """Operations that bring an empty replica to now."""
         for name, value in self.sysctl.all().items():
             yield ("sysctl", name, value)
         for sa in self.sad:
-            if sa.state is not SaState.LARVAL:
+            if sa.slot >= 0:
                 yield ("sa_put", sa)
+        for key, (_, sa) in self._leaving.items():
+            yield ("sa_put", sa)
+            yield ("sa_withdraw", *key)
         yield ("spd_replace", self.spd.dump())
 
     # -- SAs ---------------------------------------------------------------------------------------------------------
@@ -77,25 +123,49 @@ class Authority:
         """Add ``sa`` (``passing``: its keys were just negotiated, so never used).  SadError EEXIST, DaemonError."""
         self.sad.add(sa)
         try:
-            self._enroll(sa, passing)
+            # A larval SA only keeps its SPI from others: packets have no use for it.
+            if sa.state is not SaState.LARVAL:
+                self._give(sa, passing)
         except BaseException:
             self.sad.delete(sa.dst, sa.protocol, sa.spi)
             raise
-        # A larval SA only keeps its SPI from others: packets have no use for it.
-        if sa.state is not SaState.LARVAL:
-            self._operations.append(("sa_put", sa))
+        leaving = self._leaving.pop(sa.key, None)
+        if leaving is not None:
+            self._batch.retiring.append(leaving[1].slot)
         return sa
+
+    def _give(self, sa: SecurityAssociation, passing: bool) -> None:
+        """A slot for an SA that is new to workers, now or as soon as it can be."""
+        if self._must_wait(sa):
+            self._batch.moving.append((sa, passing))
+        else:
+            self._enroll(sa, passing)
+            self._operations.append(("sa_put", sa))
+
+    def _must_wait(self, sa: SecurityAssociation) -> bool:
+        """True while workers may use a slot of this SA that has another size.
+
+        Two slots for one SA would be two sources of sequence numbers and two windows.
+        """
+        return sa.state is not SaState.LARVAL and not self._table.fits(fingerprint(sa), sa.replay_window)
 
     def update_sa(self, sa: SecurityAssociation, *, passing: bool = False) -> None:
         """Put ``sa`` in the place of the one with its key.  SadError ESRCH."""
         old = self.sad.get(sa.dst, sa.protocol, sa.spi)
-        self._enroll(sa, passing)
+        if self._must_wait(sa):
+            self.sad.update(sa)
+            self._operations.append(("sa_delete", sa.dst, int(sa.protocol), sa.spi))
+            if old.slot >= 0:
+                self._batch.retiring.append(old.slot)
+            self._batch.moving.append((sa, passing))
+            return
+        self._enroll(sa, passing, old.slot)
         if old.state is not SaState.LARVAL and sa.slot == old.slot and sa.slot >= 0:
             # New limits, new judgement: what a worker said about the old ones no longer counts.
             self._table.words[sa.slot + _STATE] = 0
         self.sad.update(sa)
         if old.slot != sa.slot and old.slot >= 0:
-            self._retiring.append(old.slot)
+            self._batch.retiring.append(old.slot)
         self._operations.append(("sa_put", sa))
 
     def delete_sa(self, key: SaKey) -> SecurityAssociation:
@@ -104,11 +174,35 @@ class Authority:
         self._gone(sa)
         return sa
 
+    def retire_sa(self, key: SaKey, now: float) -> SecurityAssociation:
+        """Remove and return, as a key management daemon wants it after a rekey.  SadError ESRCH.
+
+        The daemon that asked for new SAs deletes the old ones as soon as it has the new ones; its peer sends through the
+        old one until it hears of that.  So an SA with a successor (same protocol, ends, mode and reqid) goes on
+        receiving for the grace time, and never sends again.  One without a successor goes at once.
+        """
+        sa = self.sad.delete(key.dst, key.protocol, key.spi)
+        successor = self.sad.outbound(int(sa.protocol), int(sa.mode), sa.src, sa.dst, sa.reqid)
+        if successor is None or sa.slot < 0 or not self._rekey_grace:
+            self._gone(sa)
+        else:
+            self.problems.pop(sa.key, None)
+            self._leaving[key] = now + self._rekey_grace, sa
+            self._operations.append(("sa_withdraw", *key))
+        return sa
+
+    def part(self, now: float) -> None:
+        """Let go of the SAs whose grace time is over."""
+        for key in [key for key, (until, _) in self._leaving.items() if until <= now]:
+            self._gone(self._leaving.pop(key)[1])
+
     def flush_sas(self, protocol: int | None = None) -> list[SecurityAssociation]:
         """Remove all SAs (of one protocol); return them."""
         gone = self.sad.flush(protocol)
         for sa in gone:
             self._gone(sa)
+        for key in [key for key in self._leaving if protocol in (None, key.protocol)]:
+            self._gone(self._leaving.pop(key)[1])
         return gone
 
     def set_state(self, sa: SecurityAssociation, state: SaState) -> None:
@@ -122,32 +216,41 @@ class Authority:
         self.problems.pop(sa.key, None)
         self._operations.append(("sa_delete", sa.dst, int(sa.protocol), sa.spi))
         if sa.slot >= 0:
-            self._retiring.append(sa.slot)
+            self._batch.retiring.append(sa.slot)
 
-    def _enroll(self, sa: SecurityAssociation, passing: bool) -> None:
-        """Slot and reservation; a larval SA has no keys and needs none."""
+    def _enroll(self, sa: SecurityAssociation, passing: bool, old_slot: int = -1) -> None:
+        """Slot (perhaps the ``old_slot``, which it has already) and reservation; a larval SA needs none."""
         if sa.state is SaState.LARVAL:
             return
-        sa.slot = self._table.allocate(fingerprint(sa), sa.replay_window)
+        slot = self._table.allocate(fingerprint(sa), sa.replay_window)
+        try:
+            self._reserve(sa, slot, passing)
+        except BaseException:
+            if slot not in self._uses:
+                self._table.retire(slot, counts=True)
+            raise
+        sa.slot = slot
+        if slot != old_slot:
+            self._uses[slot] = self._uses.get(slot, 0) + 1
+
+    def _reserve(self, sa: SecurityAssociation, slot: int, passing: bool) -> None:
+        """The right to take sequence numbers, or the reason why not."""
         if sa.protocol is Protocol.IPCOMP:
             return
         # AES-GMAC has a counter for its IV as an authentication algorithm, too.
         counter_iv = sa.authentication == "aes-gmac" or (
             sa.encryption is not None and registry.encryption(sa.encryption).iv_is_counter
         )
-        problem = self._book.enroll(sa.slot, counter_iv=counter_iv, passing=passing)
+        problem = self._book.enroll(slot, counter_iv=counter_iv, passing=passing)
         if problem:
-            self.problems[sa.key] = self._book.refusal(sa.slot, sa.spi) or problem
+            self.problems[sa.key] = self._book.refusal(slot, sa.spi) or problem
 
-    def expire(self, now: float, key: SaKey | None = None) -> list[tuple[SecurityAssociation, bool]]:
-        """Judge every SA's lifetimes; (SA, hard) for each that reached one since the last call.  Hard ones are gone.
-
-        ``key``: look at this SA only.
-        """
+    def expire(self, now: float, sas: Iterable[SecurityAssociation]) -> list[tuple[SecurityAssociation, bool]]:
+        """Judge the lifetimes of ``sas``; (SA, hard) for each that reached one.  Hard ones are gone."""
         found: list[tuple[SecurityAssociation, bool]] = []
         words = self._table.words
-        for sa in self.sad.dump() if key is None else [self.sad.get(*key)] if key in self.sad else []:
-            if sa.slot < 0 or sa.state not in {SaState.MATURE, SaState.DYING}:
+        for sa in sas:
+            if sa.slot < 0 or sa.state not in {SaState.MATURE, SaState.DYING} or self.sad.inbound(sa.key) is not sa:
                 continue
             state = lifetime.judge(sa, words, now)
             if state is SaState.DEAD:
@@ -156,14 +259,23 @@ class Authority:
             elif state is SaState.DYING and sa.state is SaState.MATURE:
                 self.set_state(sa, SaState.DYING)
                 found.append((sa, False))
-        if key is None:
-            found += [(sa, True) for sa in self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)]
         return found
+
+    def expire_larval(self, now: float) -> list[tuple[SecurityAssociation, bool]]:
+        """Remove the larval SAs that nobody completed; return them as :meth:`expire` does."""
+        return [(sa, True) for sa in self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)]
+
+    def sweep(self) -> list[SecurityAssociation]:
+        """The next :data:`SWEEP` SAs of a round through all of them; some may have gone meanwhile."""
+        if not self._sweep:
+            self._sweep = self.sad.dump()
+        part, self._sweep = self._sweep[:SWEEP], self._sweep[SWEEP:]
+        return part
 
     def expire_policies(self, now: float) -> list[Policy]:
         """Remove the policies whose lifetime is over; return them."""
         gone = self.spd.expired(now)
-        self._operations += [("spd_delete", policy.id) for policy in gone]
+        self._operations.extend(("spd_delete", policy.id) for policy in gone)
         return gone
 
     # -- policies and knobs ------------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ class DaemonConfig:
     """Accept DES, 3DES and MD5."""
     pfkey_freebsd: bool = False
     """Open a second PF_KEY socket, ``pfkey.freebsd`` in the run directory, for programs built on FreeBSD's headers."""
+    rekey_grace: int = _within(2, 0, 60)
+    """Seconds that an SA which key management deletes after a rekey goes on receiving what is on its way."""
     on_stop: str = _among("block", "block", "remove")
     """What a clean stop leaves: ``block`` keeps protected traffic blocked, ``remove`` lets it pass in clear."""
 

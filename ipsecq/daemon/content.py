@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.config import Config
-from ipsecq.errors import ConfigError
+from ipsecq.errors import ConfigError, DaemonError
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
 from ipsecq.setkey.apply import apply
@@ -41,3 +41,21 @@ def read(path: Path) -> Content:
         )
         sad, spd = applied.sad, applied.spd
     return Content(config, sad, spd, Sysctl(config.sysctl))
+
+
+def check_reload(old: Config, new: Config) -> None:
+    """What cannot change while the daemon runs is refused, so that a reload never means half of what the file says."""
+    fixed = (
+        ("[daemon] workers", old.workers, new.workers),
+        ("[daemon] queue_base", old.daemon.queue_base, new.daemon.queue_base),
+        ("[daemon] state_dir", old.state_dir, new.state_dir),
+        ("[daemon] run_dir", old.run_dir, new.run_dir),
+        ("[daemon] group", old.daemon.group, new.daemon.group),
+        ("[daemon] rekey_grace", old.daemon.rekey_grace, new.daemon.rekey_grace),
+        ("[daemon] pfkey_freebsd", old.daemon.pfkey_freebsd, new.daemon.pfkey_freebsd),
+        ("[nftables]", old.nftables, new.nftables),
+        ("[metrics]", old.metrics, new.metrics),
+    )
+    for name, before, after in fixed:
+        if before != after:
+            raise DaemonError(f"{new.path}: {name} cannot change in a reload: restart ipsecq for it")

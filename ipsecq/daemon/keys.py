@@ -53,7 +53,7 @@ class AuthorityDatabase:
             self._authority.update_sa(sa, passing=negotiated)
 
     def delete_sa(self, key: SaKey) -> SecurityAssociation:  # noqa: D102
-        return self._authority.delete_sa(key)
+        return self._authority.retire_sa(key, time.time())
 
     def flush_sas(self, protocol: int | None) -> Sequence[SecurityAssociation]:  # noqa: D102
         return self._authority.flush_sas(protocol)
@@ -124,7 +124,7 @@ class Barrier:
                     await self._publish()
                 except IpsecqError as error:
                     # The change stays in the originals and goes out with the next one; a new worker gets it anyway.
-                    log.error("%s", error)  # noqa: TRY400  # the message says it all
+                    log.error("%s", error)  # the message says it all
                 for release in released:
                     release()
         finally:
@@ -255,5 +255,5 @@ def _pfkey_errors() -> Any:
     except (SadError, SpdError):
         raise
     except IpsecqError as error:
-        log.error("%s", error)  # noqa: TRY400  # the message says it all
+        log.error("%s", error)  # the message says it all
         raise SadError(str(error), errno.ENOBUFS) from error

@@ -5,6 +5,7 @@ Operations, by name (first item of the tuple) and arguments:
     sa_put SA                  add it, or put it in the place of the SA with the same destination, protocol and SPI
     sa_delete DST PROTOCOL SPI
     sa_state DST PROTOCOL SPI STATE
+    sa_withdraw DST PROTOCOL SPI   deleted after a rekey: what its peer still sends through it is taken
     spd_replace [POLICY, …]    the whole SPD at once, ids kept
     spd_put POLICY             add it, or put it in the place of the one with the same direction and selector
     spd_delete ID
@@ -48,6 +49,7 @@ class Replica:
             "sa_put": self._sa_put,
             "sa_delete": self._sa_delete,
             "sa_state": self._sa_state,
+            "sa_withdraw": self._sa_withdraw,
             "spd_replace": self._spd_replace,
             "spd_put": self._spd_put,
             "spd_delete": self._spd_delete,
@@ -84,6 +86,10 @@ class Replica:
             self.sad.set_state(self.sad.get(dst, protocol, spi), SaState(state))
         except SadError:
             return  # deleted a moment ago
+
+    def _sa_withdraw(self, dst: bytes, protocol: int, spi: int) -> None:
+        if SaKey(dst, protocol, spi) in self.sad:
+            self.sad.withdraw(SaKey(dst, protocol, spi))
 
     def _spd_replace(self, policies: list[Policy]) -> None:
         self.spd.replace_all(policies)

@@ -48,7 +48,7 @@ class Sampler:
 
     def snapshot(self) -> Snapshot:
         """See :class:`ipsecq.metrics.source.Source`."""
-        sas = self._authority.sad.dump()
+        sas = self._sas()
         policies = self._authority.spd.dump()
         history = self._history
         return Snapshot(
@@ -113,6 +113,14 @@ class Sampler:
                 counter.name.lower(): total[counter] for counter in Counter if total[counter] and counter < HISTOGRAM_BASE
             },
         }
+
+    def _sas(self) -> list[SecurityAssociation]:
+        """All SAs, asked from another thread than the one that adds and deletes them."""
+        while True:
+            try:
+                return self._authority.sad.dump()
+            except RuntimeError:  # the dictionary changed meanwhile
+                continue
 
     def _workers(self) -> list[WorkerSample]:
         queues = queue_table()

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import signal
-import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any, Final
 
 from ipsecq.counters import Counter
+from ipsecq.daemon import blocked, privileges
 from ipsecq.daemon import content as files
-from ipsecq.daemon import privileges
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
@@ -33,6 +31,7 @@ from ipsecq.daemon.messages import Operation, WorkerSetup
 from ipsecq.daemon.notify import Notifier
 from ipsecq.daemon.pool import WorkerHandle, WorkerPool
 from ipsecq.daemon.requests import Requests
+from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
@@ -43,9 +42,13 @@ from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel
-from ipsecq.sa.association import SaKey
+from ipsecq.sa.association import SaKey, SecurityAssociation
+from ipsecq.sysctl import Sysctl
 
 log: Final = logging.getLogger(f"{LOGGER}.supervisor")
+
+_RULES: Final = frozenset({"spd_replace", "spd_put", "spd_delete", "sysctl"})
+"""Operations that nftables has to follow."""
 
 TICK: Final = 0.5
 """Seconds between two looks at workers, lifetimes and reservations."""
@@ -75,6 +78,8 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._from_files: set[SaKey] = set()
         self._repair_due = False
+        self._rules_due = False
+        """The SPD or a knob has changed and nftables does not know yet."""
         self._last_problem = ""
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -97,16 +102,16 @@ class Supervisor:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Everything up, in order; ``stack`` undoes it in the opposite order, also when a later step fails."""
         config = self.config
-        _directory(config.run_dir, 0o755)
-        _directory(config.state_dir, 0o700)
-        stack.enter_context(_Lock(config.run_dir / "lock"))
+        make_directory(config.run_dir, 0o755)
+        make_directory(config.state_dir, 0o700)
+        lock = stack.enter_context(RunLock(config.run_dir / "lock"))
         await self._netfilter(stack)
         self.table = SharedTable.open(config.run_dir / "table", boot_identity())
         stack.callback(self.table.close)
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
         if self.book.problem:
             log.warning("state: %s", self.book.problem)
-        self.authority = Authority(self.table, self.book)
+        self.authority = Authority(self.table, self.book, rekey_grace=config.daemon.rekey_grace)
         self.authority.become(self.content.sad, self.content.spd, config.sysctl)
         self._from_files = {sa.key for sa in self.content.sad}
         for problem in self.authority.problems.values():
@@ -120,7 +125,7 @@ class Supervisor:
             pages,
             config.daemon.queue_base,
             {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
-            [],
+            [lock.descriptor],
             self._first_state,
             self._report,
         )
@@ -148,6 +153,15 @@ class Supervisor:
         await asyncio.to_thread(self.loader.open_queues)
         # From here on the first thing to undo: nothing may pass while workers end.
         stack.push_async_callback(self._close_rules)
+        # What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for these two.
+        privileges.keep_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_NET_RAW])
+        self._save_blocked()
+
+    def _save_blocked(self) -> None:
+        """Leave rules for a boot in which the daemon does not come up."""
+        policies, sysctl = self.authority.spd.dump(), Sysctl(self.authority.sysctl.all())
+        directory, settings = self.config.state_dir, self.loader.settings
+        self.spawn(asyncio.to_thread(blocked.save, directory, policies, settings, sysctl))
 
     async def _netfilter(self, stack: contextlib.AsyncExitStack) -> None:
         """A ruleset that blocks what the policies protect, before anything else is there."""
@@ -211,11 +225,13 @@ class Supervisor:
                 await asyncio.wait_for(self._stop.wait(), TICK)
             if self.pool.check():
                 self._notifier.feed()
-            self._expire()
-            self.keys.tick()
-            for sa in self.authority.sad:
+            part = self.authority.sweep()
+            for sa in part:
                 if sa.slot >= 0:
                     self._top_up(sa.slot)
+            self._expire(part)
+            self._expire_rest()
+            self.keys.tick()
             if self._repair_due:
                 self._repair_due = False
                 await self._repair()
@@ -228,15 +244,21 @@ class Supervisor:
                 log.error("state: %s", error)
                 self._last_problem = str(error)
 
-    def _expire(self, key: SaKey | None = None) -> None:
-        """Lifetimes of all SAs and policies, or of the SA that a worker names."""
-        now = time.time()
-        expired = self.authority.expire(now, key)
+    def _expire(self, sas: Iterable[SecurityAssociation]) -> None:
+        """Lifetimes of these SAs."""
+        expired = self.authority.expire(time.time(), sas)
         for sa, hard in expired:
             log.info("SA 0x%08x reached its %s limit", sa.spi, "hard" if hard else "soft")
         self.keys.expired(expired)
-        if key is None:
-            self.keys.policies_expired(self.authority.expire_policies(now))
+        if self.authority.changed:
+            self.spawn(self.publish())
+
+    def _expire_rest(self) -> None:
+        """Larval SAs that nobody completed, and policies with a lifetime."""
+        now = time.time()
+        self.authority.part(now)
+        self.keys.expired(self.authority.expire_larval(now))
+        self.keys.policies_expired(self.authority.expire_policies(now))
         if self.authority.changed:
             self.spawn(self.publish())
 
@@ -262,22 +284,32 @@ class Supervisor:
     async def publish(self) -> None:
         """Bring what changed to all workers, then to nftables.  Raises DaemonError, NetfilterError."""
         async with self._publishing:
-            operations, retiring = self.authority.take()
-            if not operations:
-                return
-            generation = self.pool.broadcast(operations)
-            await self.pool.settled(generation)
-            self.authority.retire(retiring)
-            if any(operation[0] in {"spd_replace", "spd_put", "spd_delete", "sysctl"} for operation in operations):
+            while batch := self.authority.take():
+                self._rules_due = self._rules_due or any(operation[0] in _RULES for operation in batch.operations)
+                generation = self.pool.broadcast(batch.operations)
+                try:
+                    await self.pool.settled(generation)
+                except DaemonError:
+                    self.authority.undone(batch)
+                    raise
+                self.authority.done(batch)
+            if self._rules_due:
                 await asyncio.to_thread(self.loader.update, self.authority.spd.dump(), self.authority.sysctl)
+                self._rules_due = False
 
     async def reload(self) -> str:
         """Read the files again and take all of it over, or nothing.  ConfigError says why not."""
         self.history.reloads += 1
+        before, was = self.content, self._from_files
         try:
             content = files.read(self.config.path)
-            _check_reload(self.config, content.config)
-            self.authority.become(content.sad, content.spd, content.config.sysctl, was=self._from_files)
+            files.check_reload(self.config, content.config)
+            try:
+                await self._become(content, was)
+            except IpsecqError:
+                # A full disk, a table without room, an nft that refuses: back to what was in force.
+                await self._become(before, was | {sa.key for sa in content.sad})
+                raise
         except IpsecqError:
             self.history.reload_failures += 1
             self.history.reload_success = False
@@ -285,9 +317,14 @@ class Supervisor:
         self.content, self.config = content, content.config
         self._from_files = {sa.key for sa in content.sad}
         configure(content.config.log, journal=self._journal)
-        await self.publish()
         self.history.reload_success, self.history.reload_time = True, time.time()
         return self._summary()
+
+    async def _become(self, content: Content, was: Iterable[SaKey]) -> None:
+        """Take over what files say, down to the kernel's rules."""
+        self.authority.become(content.sad, content.spd, content.config.sysctl, was=was)
+        await self.publish()
+        self._save_blocked()
 
     async def _reload_by_signal(self) -> None:
         self._notifier.reloading()
@@ -319,7 +356,9 @@ class Supervisor:
                     bytes.fromhex(report["src"]), bytes.fromhex(report["dst"]), int(report["reqid"]),
                 )  # fmt: skip
             elif kind == "expired":
-                self._expire(_reported_key(report))
+                key = _reported_key(report)
+                if key in self.authority.sad:
+                    self._expire([self.authority.sad.get(*key)])
             elif kind == "moved":
                 self.keys.moved(_reported_key(report), bytes.fromhex(report["src"]), int(report["sport"]))
         except (KeyError, TypeError, ValueError):
@@ -385,52 +424,5 @@ class Supervisor:
         return sum(worker.counters[counter] for worker in self.pool.workers)
 
 
-class _Lock:
-    """One daemon for a run directory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = -1
-
-    def __enter__(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise DaemonError(f"{self._path}: another ipsecq serves this run directory; stop it first") from None
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-
-def _directory(path: Path, mode: int) -> None:
-    try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-    except OSError as error:
-        raise DaemonError(f"{path}: {error.strerror}; make it, or run as root") from error
-
-
 def _reported_key(report: dict[str, Any]) -> SaKey:
     return SaKey(bytes.fromhex(report["dst"]), int(report["protocol"]), int(report["spi"]))
-
-
-def _check_reload(old: Config, new: Config) -> None:
-    """What cannot change while the daemon runs is refused, so that a reload never means half of what the file says."""
-    fixed = (
-        ("[daemon] workers", old.workers, new.workers),
-        ("[daemon] queue_base", old.daemon.queue_base, new.daemon.queue_base),
-        ("[daemon] state_dir", old.state_dir, new.state_dir),
-        ("[daemon] run_dir", old.run_dir, new.run_dir),
-        ("[daemon] group", old.daemon.group, new.daemon.group),
-        ("[daemon] pfkey_freebsd", old.daemon.pfkey_freebsd, new.daemon.pfkey_freebsd),
-        ("[nftables]", old.nftables, new.nftables),
-        ("[metrics]", old.metrics, new.metrics),
-    )
-    for name, before, after in fixed:
-        if before != after:
-            raise DaemonError(f"{new.path}: {name} cannot change in a reload: restart ipsecq for it")
-
-
-if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1])))

@@ -135,13 +135,19 @@ class SharedTable:
         self._by_fingerprint[digest] = fresh
         return fresh
 
-    def retire(self, slot: int) -> None:
+    def fits(self, digest: bytes, replay_window: int) -> bool:
+        """False when the SA has a slot of another size that workers may use: :meth:`allocate` must not move it yet."""
+        slot = self._by_fingerprint.get(digest)
+        return slot is None or slot in self._retired or self._room(slot) == _rounded(slot_words(replay_window))
+
+    def retire(self, slot: int, *, counts: bool = False) -> None:
         """Give a deleted SA's slot back.  Call it only when every worker has acknowledged the deletion.
 
-        Should the SA come back, it starts with its lifetime's counts at zero, but with its window and its numbers.
+        Should the SA come back, it starts with its lifetime's counts at zero (unless ``counts``), but with its window
+        and its numbers.
         """
         words = self.words
-        for word in range(slot + Slot.PACKETS, slot + Slot.STATE + 1):
+        for word in () if counts else range(slot + Slot.PACKETS, slot + Slot.STATE + 1):
             words[word] = 0
         words[slot + _B_STATE] = _RETIRED
         self._retired[slot] = None
