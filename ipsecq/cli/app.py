@@ -11,6 +11,7 @@ import typer
 
 import ipsecq
 from ipsecq.cli import report
+from ipsecq.cli.explain import explain
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 
@@ -163,6 +164,9 @@ def reset(
         raise typer.BadParameter(f"expected an SPI such as 0x1001, found {spi!r}") from None
     count = _ask(config, "state-reset", spi=number)
     print(f"0x{number:08x}: {count} SA{'' if count == 1 else 's'} may send")
+
+
+app.command()(explain)
 
 
 @app.command()
