@@ -54,6 +54,8 @@ def test_the_lab_cleans_up_after(how, number, status):
 
 def test_a_killed_labs_processes_end_and_the_next_lab_sweeps_its_namespaces():
     process, namespace, child, directory = start("wait")
+    # Until setpriv has run, the kernel has not been asked to end the child with its parent.
+    wait_for(lambda: (child / "cmdline").read_bytes().startswith(b"sleep"), "the child to be itself", 5)
     process.kill()
     process.wait()
     wait_for(lambda: not child.exists(), "the child to end with its lab", 5)
