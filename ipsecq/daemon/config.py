@@ -83,6 +83,17 @@ class NftablesConfig:
 
 
 @dataclass(slots=True, frozen=True)
+class OffloadConfig:
+    """``[offload]``: what makes packets cheaper, each with a switch."""
+
+    gso: bool = True
+    """Take TCP super-packets whole from the kernel, where it can give them, and cut them here.  A second queue a
+    worker, numbered behind the workers' own, has the kernel cut what cannot be cut here."""
+    coalesce: bool = True
+    """Give runs of decapsulated TCP segments to the kernel as one packet."""
+
+
+@dataclass(slots=True, frozen=True)
 class MetricsConfig:
     """``[metrics]``."""
 
@@ -106,6 +117,7 @@ class Config:
 
     daemon: DaemonConfig = DaemonConfig()
     nftables: NftablesConfig = NftablesConfig()
+    offload: OffloadConfig = OffloadConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
     sysctl: dict[str, int] = field(default_factory=dict)
@@ -173,6 +185,7 @@ class Config:
 _SECTIONS: Final[dict[str, type[Any]]] = {
     "daemon": DaemonConfig,
     "nftables": NftablesConfig,
+    "offload": OffloadConfig,
     "metrics": MetricsConfig,
     "log": LogConfig,
 }

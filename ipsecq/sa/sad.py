@@ -135,6 +135,11 @@ class Sad:
             self._unindex(sa.key, sa)
         self.generation += 1
 
+    def withdraw(self, key: SaKey) -> None:
+        """Send nothing through this SA any more, but go on receiving: its successor is there.  SadError ESRCH."""
+        self._unindex(key, self.get(*key))
+        self.generation += 1
+
     def delete(self, dst: bytes, protocol: int, spi: int, src: bytes | None = None) -> SecurityAssociation:
         """Remove one SA and return it; SadError ESRCH when there is none."""
         sa = self.get(dst, protocol, spi, src)
