@@ -32,6 +32,7 @@ from ipsecq.numbers import (
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import Reassembler
 from ipsecq.packet.view import PacketView
+from ipsecq.sa.association import SecurityAssociation
 from ipsecq.transforms import natt
 
 MAX_DEPTH: Final = 16
@@ -43,6 +44,7 @@ _IN: Final = int(Direction.IN)
 _ESP: Final = int(Protocol.ESP)
 _AH: Final = int(Protocol.AH)
 _IPCOMP: Final = int(Protocol.IPCOMP)
+_TUNNEL: Final = int(Mode.TUNNEL)
 _DONE: Final = int(Fate.DONE)
 _PASS: Final = int(Fate.PASS)
 _ABSORBED: Final = int(Fate.ABSORBED)
@@ -77,8 +79,6 @@ class Inbound:
         self._sas: dict[tuple[bytes, int, int], InboundSa] = {}
         self._verdicts: dict[tuple[bytes, bytes, int, int, int, bool, History], int] = {}
         self._generation = tables.generation()
-        self._ipip: dict[tuple[bytes, bytes], Applied] = {}
-        self._index_ipip()
         self._disabled: dict[tuple[int, int], int] = {}
         self._check_enabled()
         self._pmtu = PathMtuCheck(tables)
@@ -114,16 +114,11 @@ class Inbound:
         else:
             get = self._tables.sad.inbound
             self._sas = {key: ready for key, ready in self._sas.items() if get(key) is ready.sa}
-        self._index_ipip()
         self._generation = generation
 
-    def _index_ipip(self) -> None:
-        """Ends of IPComp tunnels: what was not worth compressing arrives from them as plain IP in IP (RFC 3173)."""
-        self._ipip = {
-            (sa.src, sa.dst): Applied(Protocol.IPCOMP, Mode.TUNNEL, sa.src, sa.dst, sa.reqid, sa.spi)
-            for sa in self._tables.sad
-            if sa.protocol is Protocol.IPCOMP and sa.mode is not Mode.TRANSPORT
-        }
+    def _compressed_tunnel(self, src: bytes, dst: bytes) -> SecurityAssociation | None:
+        """The IPComp tunnel between two addresses: what it could not compress arrives as plain IP in IP (RFC 3173)."""
+        return self._tables.sad.outbound(_IPCOMP, _TUNNEL, src, dst)
 
     # -- header after header ---------------------------------------------------------------------------
 
@@ -164,8 +159,12 @@ class Inbound:
                 protocol, encapsulated = _ESP, view.sport
             elif protocol in {_AH, _IPCOMP}:
                 offset, encapsulated = view.offset, 0
-            elif protocol in {IPPROTO_IPV4, IPPROTO_IPV6} and (view.src, view.dst) in self._ipip and not fresh:
-                opened = (*opened, self._ipip[view.src, view.dst])
+            elif protocol in {IPPROTO_IPV4, IPPROTO_IPV6} and not fresh and (
+                plain := self._compressed_tunnel(view.src, view.dst)
+            ):
+                opened = (
+                    *opened, Applied(Protocol.IPCOMP, Mode.TUNNEL, plain.src, plain.dst, plain.reqid, plain.spi)
+                )  # fmt: skip
                 packet = bytes(memoryview(packet)[view.offset : view.length])
                 fate = self._enter_tunnel(packet, view.tos, Counter.IPCOMP_INVALID)
                 if isinstance(fate, int):
