@@ -15,7 +15,7 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_TEST  := $(PACKAGES_LAB) systemd conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check bench bench-policy scenarios install uninstall clean
+.PHONY: help demo test check fuzz bench bench-policy scenarios install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,11 @@ check: ## ruff, mypy --strict, and the contract that imports only point down
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/lint-imports --no-logo >/dev/null || $(VENV)/bin/lint-imports
 	@echo "check: clean"
+
+fuzz: ## ten minutes of coverage-guided fuzzing of every parser and the engine; FUZZ="--seconds 60 setkey"
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV) fuzz
+	@$(VENV)/bin/python tests/fuzz/run.py $(FUZZ)
 
 bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
