@@ -15,11 +15,11 @@ _PATH_MTU = 1500
 
 
 def explain(
-    src: Annotated[str, typer.Argument(help="Source address, as the policies see it.")],
-    dst: Annotated[str, typer.Argument(help="Destination address.")],
-    protocol: Annotated[str, typer.Argument(metavar="[PROTO]", help="tcp, udp, icmp, a number; any.")] = "any",
-    sport: Annotated[int, typer.Argument(metavar="[SPORT]", help="Source port; ICMP: type.", min=0, max=65535)] = 0,
-    dport: Annotated[int, typer.Argument(metavar="[DPORT]", help="Destination port; ICMP: code.", min=0, max=65535)] = 0,
+    src: Annotated[str, typer.Argument(metavar="SRC", help="Source address, as the policies see it.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="Destination address.")],
+    protocol: Annotated[str, typer.Argument(metavar="PROTO", help="tcp, udp, icmp, a number; any.")] = "any",
+    sport: Annotated[int, typer.Argument(metavar="SPORT", help="Source port; ICMP: type.", min=0, max=65535)] = 0,
+    dport: Annotated[int, typer.Argument(metavar="DPORT", help="Destination port; ICMP: code.", min=0, max=65535)] = 0,
     inbound: Annotated[bool, typer.Option("--in", help="A packet that arrives, not one that leaves.")] = False,
     mtu: Annotated[int, typer.Option(help="Path MTU towards the outermost destination.", min=68, max=65535)] = _PATH_MTU,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: JSON.")] = False,
