@@ -112,6 +112,8 @@ class Authority:
         for sa in self.sad:
             if sa.slot >= 0:
                 yield ("sa_put", sa)
+            elif sa.state is SaState.LARVAL:
+                yield ("sa_larval", *sa.key)
         for key, (_, sa) in self._leaving.items():
             yield ("sa_put", sa)
             yield ("sa_withdraw", *key)
@@ -123,9 +125,11 @@ class Authority:
         """Add ``sa`` (``passing``: its keys were just negotiated, so never used).  SadError EEXIST, DaemonError."""
         self.sad.add(sa)
         try:
-            # A larval SA only keeps its SPI from others: packets have no use for it.
+            # A larval SA keeps its SPI from others; workers keep what its peer sends too early.
             if sa.state is not SaState.LARVAL:
                 self._give(sa, passing)
+            else:
+                self._operations.append(("sa_larval", *sa.key))
         except BaseException:
             self.sad.delete(sa.dst, sa.protocol, sa.spi)
             raise
@@ -211,8 +215,6 @@ class Authority:
         self._operations.append(("sa_state", sa.dst, int(sa.protocol), sa.spi, int(state)))
 
     def _gone(self, sa: SecurityAssociation) -> None:
-        if sa.state is SaState.LARVAL:
-            return
         self.problems.pop(sa.key, None)
         self._operations.append(("sa_delete", sa.dst, int(sa.protocol), sa.spi))
         if sa.slot >= 0:
@@ -263,7 +265,10 @@ class Authority:
 
     def expire_larval(self, now: float) -> list[tuple[SecurityAssociation, bool]]:
         """Remove the larval SAs that nobody completed; return them as :meth:`expire` does."""
-        return [(sa, True) for sa in self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)]
+        gone = self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)
+        for sa in gone:
+            self._gone(sa)
+        return [(sa, True) for sa in gone]
 
     def sweep(self) -> list[SecurityAssociation]:
         """The next :data:`SWEEP` SAs of a round through all of them; some may have gone meanwhile."""

@@ -4,6 +4,7 @@ Operations, by name (first item of the tuple) and arguments:
 
     sa_put SA                  add it, or put it in the place of the SA with the same destination, protocol and SPI
     sa_delete DST PROTOCOL SPI
+    sa_larval DST PROTOCOL SPI     key management is about to make it: packets that come under it are kept
     sa_state DST PROTOCOL SPI STATE
     sa_withdraw DST PROTOCOL SPI   deleted after a rekey: what its peer still sends through it is taken
     spd_replace [POLICY, …]    the whole SPD at once, ids kept
@@ -41,12 +42,15 @@ class Replica:
         self.sad = Sad()
         self.spd = Spd()
         self.sysctl = Sysctl()
+        self.larval: set[tuple[bytes, int, int]] = set()
+        """Keys of SAs to come."""
         self.on_path_mtu: Callable[[bytes, int], Any] = lambda dst, mtu: None
         self.on_routes_changed: Callable[[], Any] = lambda: None
         self.on_acquire_failed: Callable[[int, bytes, bytes, int], Any] = lambda protocol, src, dst, reqid: None
         self.stopping = False
         self._operations: dict[str, Callable[..., None]] = {
             "sa_put": self._sa_put,
+            "sa_larval": self._sa_larval,
             "sa_delete": self._sa_delete,
             "sa_state": self._sa_state,
             "sa_withdraw": self._sa_withdraw,
@@ -71,13 +75,18 @@ class Replica:
             useful = useful or name in _USEFUL
         return useful
 
+    def _sa_larval(self, dst: bytes, protocol: int, spi: int) -> None:
+        self.larval.add((dst, protocol, spi))
+
     def _sa_put(self, sa: SecurityAssociation) -> None:
+        self.larval.discard(sa.key)
         if sa.key in self.sad:
             self.sad.update(sa)
         else:
             self.sad.add(sa)
 
     def _sa_delete(self, dst: bytes, protocol: int, spi: int) -> None:
+        self.larval.discard((dst, protocol, spi))
         if SaKey(dst, protocol, spi) in self.sad:
             self.sad.delete(dst, protocol, spi)
 

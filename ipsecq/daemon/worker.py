@@ -136,8 +136,9 @@ class Worker:
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN])
         replica = self._replica
         tables = Tables(
-            replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom
-        )
+            replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom,
+            larval=replica.larval,
+        )  # fmt: skip
         self._loop = WorkerLoop(
             queue,
             output,

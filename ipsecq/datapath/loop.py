@@ -30,6 +30,11 @@ log: Final = logging.getLogger(__name__)
 TICK: Final = 0.25
 """Longest sleep in seconds: the heartbeat beats at least twice a second, whatever the traffic."""
 
+EARLY_PACKETS: Final = 512
+"""Packets kept for one SA that key management is about to make."""
+EARLY_SECONDS: Final = 2.0
+"""A peer that uses a new SA before we have it is ahead by milliseconds."""
+
 LOG_INTERVAL: Final = 10.0
 """Seconds between two log lines about an engine's exception; the counter counts all of them."""
 
@@ -89,6 +94,8 @@ class WorkerLoop:
         self._clock = clock
         self._control_fd, self._on_control, self._on_events = control_fd, on_control, on_events
         self._holder = holder or Holder()
+        self._early = Holder(EARLY_PACKETS, 2 * EARLY_PACKETS, EARLY_SECONDS)
+        """What the peer sent through an SA that is not here yet."""
         self._segmenter, self._plain_queue = segmenter, plain_queue
         self._emit = Emissions()
         self._stopping = False
@@ -142,6 +149,8 @@ class WorkerLoop:
         self._losses = lost
         if self._holder.waiting:
             counters[Counter.OUT_NOSA] += self._holder.expire(self._clock())
+        if self._early.waiting:
+            counters[Counter.ESP_NOTDB] += self._early.expire(self._clock())
 
     def _lost(self) -> int:
         """Packets that socket buffers had no room for, and reads that told of such."""
@@ -176,7 +185,9 @@ class WorkerLoop:
                             add_verdict(cookie, NF_ACCEPT, mark | stolen)
                         else:
                             self._outbound_rest(fate, cookie, mark, packet, now)
-                    elif inbound(packet, now, emit):
+                    elif fate := inbound(packet, now, emit):
+                        if fate == 2:  # Fate.HOLD
+                            self._hold_inbound(packet, now)
                         add_verdict(cookie, NF_DROP)
                     else:  # Fate.PASS
                         add_verdict(cookie, NF_ACCEPT)
@@ -209,6 +220,9 @@ class WorkerLoop:
         dropped = self._holder.hold(self._emit.held, bytes(packet), now)
         if dropped:
             self._counters[Counter.OUT_HELD_OVERFLOW] += dropped
+
+    def _hold_inbound(self, packet: Buffer, now: float) -> None:
+        self._counters[Counter.ESP_NOTDB] += self._early.hold(self._emit.held, bytes(packet), now)
 
     def _unfinished(self, cookie: int, hook: int, mark: int, info: int, packet: memoryview, now: float) -> None:
         """A packet that counts on a device's offloads: a super-packet, or one whose checksum is not filled in."""
@@ -308,6 +322,8 @@ class WorkerLoop:
 
         Those that still wait keep the time of their arrival; what the policy now refuses is dropped.
         """
+        if self._early.waiting:
+            self._retry_early()
         if not self._holder.waiting:
             return 0
         now = self._clock()
@@ -330,6 +346,18 @@ class WorkerLoop:
                 found += 1
         self._send()
         return found
+
+    def _retry_early(self) -> None:
+        """Open what came before its SA did; the engine counts what it drops."""
+        now, emit = self._clock(), self._emit
+        for since, packet in self._early.release_all():
+            try:
+                if self._engine_in.process(packet, now, emit) == Fate.HOLD:
+                    self._counters[Counter.ESP_NOTDB] += self._early.hold(emit.held, packet, since)
+            except Exception:
+                self._counters[Counter.IN_INVAL] += 1
+                log.exception("a held packet made the engine fail; it was dropped")
+        self._send()
 
     def drop_held(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> int:
         """Drop the packets that wait for an SA of this kind: nobody can make it.  Returns how many."""

@@ -51,8 +51,8 @@ class Emissions:
     """Datagrams and events of a batch; the caller empties it with :meth:`clear` after it has sent them.
 
     ``wire`` holds whole IP datagrams for the network (ESP, AH, IPComp, UDP, and the ICMP errors that we answer with),
-    ``inner`` decapsulated packets for the local stack, ``held`` the :class:`Acquire` that the last packet with
-    ``Fate.HOLD`` waits for.
+    ``inner`` decapsulated packets for the local stack, ``held`` what the last packet with ``Fate.HOLD`` waits for: an
+    :class:`Acquire`, or the key of a larval SA.
     """
 
     __slots__ = ("events", "held", "inner", "wire")
@@ -61,7 +61,7 @@ class Emissions:
         self.wire: list[bytes] = []
         self.inner: list[bytes] = []
         self.events: list[Event] = []
-        self.held: Acquire | None = None
+        self.held: Acquire | tuple[bytes, int, int] | None = None
 
     def clear(self) -> None:
         """Forget everything; the lists stay the same objects."""

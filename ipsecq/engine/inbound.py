@@ -48,6 +48,7 @@ _TUNNEL: Final = int(Mode.TUNNEL)
 _DONE: Final = int(Fate.DONE)
 _PASS: Final = int(Fate.PASS)
 _ABSORBED: Final = int(Fate.ABSORBED)
+_HOLD: Final = int(Fate.HOLD)
 _IN_PACKETS: Final = int(Counter.IN_PACKETS)
 _IN_BYTES: Final = int(Counter.IN_BYTES)
 _IN_DELIVERED: Final = int(Counter.IN_DELIVERED)
@@ -86,6 +87,7 @@ class Inbound:
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
         """The fate of one datagram addressed to us: a :class:`Fate`, or the Counter of the drop (counted here).
 
+        ``HOLD``: the peer uses an SA that key management is about to make here (``emit.held``).
         ``DONE``: ``emit.inner`` holds the opened packet.  ``PASS``: it was nothing for us and policy lets it in as it is.
         Raises nothing, whatever the octets.
         """
@@ -181,6 +183,9 @@ class Inbound:
             if ready is None:
                 if fresh:
                     break  # somebody else's packet, that came through our tunnel
+                if not opened and (view.dst, protocol, spi) in tables.larval and not view.fragment_word & 0x3FFF:
+                    emit.held = (view.dst, protocol, spi)
+                    return _HOLD
                 return _NOTDB[protocol]
             if self._disabled and (disabled := self._disabled.get((view.version, protocol))):
                 return disabled

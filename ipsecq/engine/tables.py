@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from ipsecq.numbers import NATT_PORT
@@ -35,6 +35,8 @@ class Tables:
     random: Random
     natt_ports: frozenset[int] = frozenset((NATT_PORT,))
     """UDP destination ports on which ESP arrives; captures show those of the far side of a NAT, too."""
+    larval: Set[tuple[bytes, int, int]] = frozenset()
+    """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
     unauthenticated: bool = False
     """Open ESP whose separate authentication key is missing.  For captures only: never true on a gateway."""
 
