@@ -35,10 +35,10 @@ class Tables:
     random: Random
     natt_ports: frozenset[int] = frozenset((NATT_PORT,))
     """UDP destination ports on which ESP arrives; captures show those of the far side of a NAT, too."""
-    larval: Set[tuple[bytes, int, int]] = frozenset()
-    """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
     unauthenticated: bool = False
     """Open ESP whose separate authentication key is missing.  For captures only: never true on a gateway."""
+    larval: Set[tuple[bytes, int, int]] = frozenset()
+    """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
 
     def generation(self) -> tuple[int, int, int]:
         """Changes whenever an SA, a policy or a knob does: what was derived from them before is then stale."""

@@ -25,15 +25,16 @@ def missing() -> str:
 
 def configuration(
     near: Site, far: Site, *, active: bool, version: int = 4, lifetime: int = 0, child: str = CHILD, extra: str = "",
-    prefix: str = "",
+    prefix: str = "", peer: str = "",
 ) -> str:  # fmt: skip
     """An ``iked.conf`` for one end: everything between the two LANs, pre-shared key, named by host.
 
-    ``lifetime``: seconds after which child SAs are replaced (0: iked's default); ``prefix``: global lines before.
+    ``lifetime``: seconds after which child SAs are replaced (0: iked's default); ``prefix``: global lines before;
+    ``peer``: what stands for the other end's address (``any`` where a NAT hides it).
     """
     text = (
         f'ikev2 "lans" {"active" if active else "passive"} esp from {near.lan(version)} to {far.lan(version)} '
-        f"local {near.wan(version)} peer {far.wan(version)} {child} srcid gw{near.number} dstid gw{far.number} "
+        f"local {near.wan(version)} peer {peer or far.wan(version)} {child} srcid gw{near.number} dstid gw{far.number} "
     )
     if lifetime:
         text += f"lifetime {lifetime} bytes 100G "
@@ -101,19 +102,19 @@ def sas(gateway: Gateway, state: Sequence[str] = ("mature",)) -> list[Any]:
     return [sa for sa in gateway.status()["sas"] if sa["state"] in state]
 
 
-def start_pair(network: Network, *, workers: int = 2, wait: bool = True, **words: Any) -> tuple[
-    tuple[Gateway, Gateway], tuple[Iked, Iked]
-]:
+def start_pair(
+    network: Network, *, workers: int = 2, wait: bool = True, nat: bool = False, **words: Any
+) -> tuple[tuple[Gateway, Gateway], tuple[Iked, Iked]]:
     """Both gateways without a word about IPsec in their files, an iked on each; one is active, two waits.
 
-    With ``wait`` it returns when an SA each way is there at both ends.
+    ``nat``: site one is behind a NAT, so that two does not know its address.  With ``wait`` it returns when an SA each way is there at both ends.
     """
     gateways = [Gateway(site.gateway, "", workers=workers) for site in network.sites]
     for gateway in gateways:
         gateway.start()
     one, two = network.sites
     daemons = [
-        Iked(gateways[1], configuration(two, one, active=False, **words)).start(),
+        Iked(gateways[1], configuration(two, one, active=False, peer="any" if nat else "", **words)).start(),
         Iked(gateways[0], configuration(one, two, active=True, **words)).start(),
     ][::-1]
     if wait:
