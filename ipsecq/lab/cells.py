@@ -93,13 +93,20 @@ class Cell:
     esn: bool = False
     replay: int = 128
     """Replay window in packets."""
+    natt: bool = False
+    """ESP in UDP, port 4500 at both ends."""
+    align: int = 4
+    """AH over IPv4 is filled up to this: 4 is the RFC's (the kernel's ``align4``), 8 the kernel's without it."""
+    first: int = 0
+    """The last sequence number that both ends count as used."""
     keys: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def name(self) -> str:
         """For test ids and tables."""
         suites = " + ".join(suite.name for suite in self.suites)
-        return f"{suites}, {self.mode} {self.inner}in{self.outer}" + (", esn" if self.esn else "")
+        extras = (", esn" if self.esn else "") + (", nat-t" if self.natt else "")
+        return f"{suites}, {self.mode} {self.inner}in{self.outer}" + extras + (", align 8" if self.align == 8 else "")
 
     def keyed(self) -> Cell:
         """The cell with fresh keys: for each suite (encryption, authentication) outbound and inbound."""
@@ -122,7 +129,8 @@ def setkey(cell: Cell, ends: Ends) -> str:
     """The cell as setkey.conf of the ipsecq end."""
     lines = ["flush;", "spdflush;"]
     for _, spi, src, dst, suite, mode, (enc_key, auth_key) in cell.associations(ends):
-        line = f"add {src} {dst} {suite.protocol} 0x{spi:x} -m {mode}"
+        protocol = "esp-udp" if cell.natt and suite.protocol == "esp" else suite.protocol
+        line = f"add {src} {dst} {protocol} 0x{spi:x} -m {mode}"
         if suite.protocol == "ipcomp":
             line += " -C deflate"
         else:
@@ -131,6 +139,8 @@ def setkey(cell: Cell, ends: Ends) -> str:
             line += f" -E {suite.encryption}" + (f" 0x{enc_key}" if enc_key else ' ""')
         if suite.authentication:
             line += f" -A {suite.authentication} 0x{auth_key}"
+        if suite.protocol == "ah":
+            line += f" -align {cell.align}"
         lines.append(line + ";")
     for direction, (src, dst) in (
         ("out", (ends.near_inner, ends.far_inner)),
@@ -147,8 +157,13 @@ def setkey(cell: Cell, ends: Ends) -> str:
 
 
 def xfrm(cell: Cell, ends: Ends) -> Sequence[str]:
-    """The cell as ``ip -batch`` lines of the kernel's end."""
-    lines = ["xfrm state flush", "xfrm policy flush"]
+    """The cell as ``ip -batch`` lines of the kernel's end, which has nothing else."""
+    return ["xfrm state flush", "xfrm policy flush", *xfrm_add(cell, ends)]
+
+
+def xfrm_add(cell: Cell, ends: Ends) -> Sequence[str]:
+    """The cell as ``ip -batch`` lines, beside others that the kernel's end has already."""
+    lines = []
     names = {"esp": "esp", "ah": "ah", "ipcomp": "comp"}
     for number, spi, src, dst, suite, mode, (enc_key, auth_key) in cell.associations(ends):
         line = f"xfrm state add src {src} dst {dst} proto {names[suite.protocol]} spi 0x{spi:x}"
@@ -156,13 +171,18 @@ def xfrm(cell: Cell, ends: Ends) -> Sequence[str]:
         if suite.protocol == "ipcomp":
             line += " comp deflate"
         else:
-            line += f" replay-window {cell.replay}" + (" flag esn" if cell.esn else "")
-            if cell.inner != cell.outer:
-                line += " flag af-unspec"
+            line += f" replay-window {cell.replay}"
+            if cell.first:
+                low, high = cell.first & 0xFFFFFFFF, cell.first >> 32
+                line += f" replay-seq {low} replay-oseq {low} replay-seq-hi {high} replay-oseq-hi {high}"
+        if flags := _flags(cell, suite):
+            line += f" flag {flags}"
         if suite.xfrm_authentication:
             line += " " + suite.xfrm_authentication.replace("KEY", "0x" + auth_key)
         if suite.xfrm_encryption:
             line += " " + suite.xfrm_encryption.replace("KEY", "0x" + enc_key if enc_key else '""')
+        if cell.natt and suite.protocol == "esp":
+            line += " encap espinudp 4500 4500 0.0.0.0"
         lines.append(line)
     for direction in ("out", "in", "fwd"):
         src, dst = (ends.far_inner, ends.near_inner) if direction == "out" else (ends.near_inner, ends.far_inner)
@@ -176,6 +196,16 @@ def xfrm(cell: Cell, ends: Ends) -> Sequence[str]:
             line += f" level {level}"
         lines.append(line)
     return lines
+
+
+def _flags(cell: Cell, suite: Suite) -> str:
+    """iproute2's flags of one SA."""
+    flags = ["esn"] if cell.esn and suite.protocol != "ipcomp" else []
+    if cell.inner != cell.outer:
+        flags.append("af-unspec")
+    if suite.protocol == "ah" and cell.align == 4:
+        flags.append("align4")
+    return " ".join(flags)
 
 
 def _hex(octets: int) -> str:

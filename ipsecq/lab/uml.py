@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -81,6 +82,7 @@ class UmlPeer:
         self.root = space.lab.directory / f"uml-{tap}"
         self.console = self.root / "console"
         self._buffer = b""
+        self._files = 0
         self._process: subprocess.Popen[bytes] | None = None
         if why := missing():
             raise LabError(f"no User-Mode Linux: {why}")
@@ -148,9 +150,39 @@ class UmlPeer:
         """End a spawned program; its exit status."""
         return int(self._ask({"op": "kill", "pid": pid}, 15)["rc"])
 
+    def read(self, path: str) -> str:
+        """The text of a file in the peer, such as ``/proc/net/xfrm_stat``."""
+        answer = self._ask({"op": "read", "path": path}, 10)
+        if answer["rc"]:
+            raise LabError(f"in the peer: {path}: {answer['err']}")
+        return str(answer["out"])
+
     def ip(self, *lines: str) -> None:
-        """Run many ``ip`` command lines (without the word ``ip``) in one go."""
-        self.run("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
+        """Run many ``ip`` command lines (without the word ``ip``) in one go; LabError at the first that fails."""
+        self.run("ip", "-batch", self.file("\n".join(lines) + "\n"), timeout=60)
+
+    def ip_force(self, *lines: str) -> dict[int, str]:
+        """The same, but all lines are tried; the reasons of those that failed, by their place."""
+        done = self.run("ip", "-force", "-batch", self.file("\n".join(lines) + "\n"), check=False, timeout=60)
+        failed: dict[int, str] = {}
+        said: list[str] = []
+        for line in done.err.splitlines():
+            if match := re.match(r"Command failed .*:(\d+)$", line):
+                failed[int(match[1]) - 1] = " ".join(said) or "refused"
+                said = []
+            else:
+                said.append(line)
+        return failed
+
+    def file(self, text: str) -> str:
+        """A new file with this text that the peer can read: the serial line loses what is long.
+
+        Each has a name of its own, since the peer's page cache does not see a change.
+        """
+        self._files += 1
+        path = self.root / f"file{self._files}"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
 
     def flush(self) -> None:
         """Forget all states and policies."""

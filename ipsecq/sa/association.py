@@ -70,6 +70,8 @@ class SecurityAssociation:
     hard: Lifetime = Lifetime()
     tfc_pad: int = 0
     """Pad ESP tunnel payloads to this many octets (RFC 4303 section 2.7); 0 is off."""
+    ah_align: int = 0
+    """Fill AH over IPv4 up to a multiple of this many octets; 0 is RFC 4302's 4, Linux peers without ``align4`` need 8."""
     seq: int = 0
     """``sadb_msg_seq`` of the creator; setkey's ``-u`` uses reqid."""
     pid: int = 0

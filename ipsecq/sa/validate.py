@@ -38,6 +38,8 @@ def validate(
         raise SadError("traffic flow confidentiality padding is for esp in tunnel mode only (RFC 4303 section 2.7)")
     if not 0 <= sa.tfc_pad <= 65535:
         raise SadError(f"padding to {sa.tfc_pad} octets: use 0 to 65535")
+    if sa.ah_align not in (0, 4, 8) or (sa.ah_align and sa.protocol is not Protocol.AH):
+        raise SadError(f"alignment to {sa.ah_align} octets: use 4 or 8, and for ah only")
     _check_lifetimes(sa.soft, sa.hard)
     if sa.state is not SaState.LARVAL:
         _check_algorithms(sa, allow_legacy, allow_unauthenticated)

@@ -117,6 +117,8 @@ def config_sa(sa: SecurityAssociation) -> str:
               if sa.flags & bit]  # fmt: skip
     if sa.tfc_pad:
         words.append(f"-tfc {sa.tfc_pad}")
+    if sa.ah_align:
+        words.append(f"-align {sa.ah_align}")
     if natt is not None:
         words += _natt_words(natt)
     words += _lifetime_words(sa.hard, "h") + _lifetime_words(sa.soft, "s")

@@ -175,6 +175,8 @@ class SaRules(Cursor):
             extensions.esn = True
         elif name == "-tfc":
             extensions.tfc_pad = self.number("a length in octets", 65535)
+        elif name == "-align":
+            sa.ah_align = self.number("an alignment in octets, 4 or 8", 8)
         elif name == "-natt":
             extensions.original_src = self.address()
             sport = self.port()
