@@ -260,7 +260,7 @@ class Outbound:
                 if len(result) <= mtu:
                     emit.wire.append(result)
                 else:
-                    emit.wire.extend(fragment(result, mtu, self._identification & 0xFFFFFFFF))
+                    emit.wire.extend(self._cut(result, mtu))
             return _DONE if pieces else Counter.IP_TOOBIG
         if length > _MAX_PACKET or df:
             return Counter.IP_TOOBIG
@@ -271,8 +271,14 @@ class Outbound:
             emit.wire.append(result)
             return _DONE
         self._counters[Counter.OUT_FRAGMENTED] += 1
-        emit.wire.extend(fragment(result, mtu, self._identification & 0xFFFFFFFF))
+        emit.wire.extend(self._cut(result, mtu))
         return _DONE
+
+    def _cut(self, datagram: bytes, mtu: int) -> list[bytes]:
+        """Fragments of a finished datagram.  In IPv4 they keep its identification: AH covers that."""
+        own = datagram[0] >> 4 == 4
+        identification = int.from_bytes(datagram[4:6], "big") if own else self._identification & 0xFFFFFFFF
+        return fragment(datagram, mtu, identification)
 
     def _tell_mtu(self, packet: Buffer, view: PacketView, mtu: int, emit: Emissions) -> None:
         """Send the sender an ICMP "fragmentation needed" or ICMPv6 "packet too big"."""
