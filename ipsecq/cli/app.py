@@ -12,6 +12,7 @@ import typer
 import ipsecq
 from ipsecq.cli import report
 from ipsecq.cli.explain import explain
+from ipsecq.cli.pcap import app as pcap
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 
@@ -147,6 +148,7 @@ def exec_(context: typer.Context, config: ConfigOption = configuration.DEFAULT_P
 
 state = typer.Typer(no_args_is_help=True, help="What the state directory knows about sequence numbers.")
 app.add_typer(state, name="state")
+app.add_typer(pcap, name="pcap")
 
 
 @state.command()

@@ -8,17 +8,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from ipsecq.errors import CaptureError, ConfigError
-from ipsecq.pcap import links, tool
-from ipsecq.pcap.format import Reader, Writer
-from ipsecq.policy.spd import Spd
-from ipsecq.sa.sad import Sad
-from ipsecq.setkey.apply import Applied, apply
-from ipsecq.setkey.parser import parse
+
+if TYPE_CHECKING:
+    from ipsecq.pcap import tool
+    from ipsecq.setkey.apply import Applied
 
 app = typer.Typer(
     help="Decrypt and encrypt capture files (pcap, pcapng) with the gateway's own engine. Needs no root.",
@@ -54,6 +52,8 @@ def decrypt(
     no_replay: Annotated[bool, typer.Option("--no-replay", help="Take repeated packets as well.")] = False,
 ) -> None:
     """Write the inner packets of IN to OUT, and say per SA what could not be opened.  Both directions at once."""
+    from ipsecq.pcap import tool  # noqa: PLC0415
+
     content = _content(config, allow_legacy=True, unauthenticated=no_auth)
     worker = tool.Decryptor(content.sad, os.urandom, unauthenticated=no_auth, replay=not no_replay)
     _run(worker, source, target, keep_others, text, verbose)
@@ -73,12 +73,19 @@ def encrypt(
     allow_legacy: Annotated[bool, typer.Option("--allow-legacy", help="Accept 3DES and MD5.")] = False,
 ) -> None:
     """Apply the outbound policies to the packets of IN.  Sequence numbers start at 1: never use a live gateway's keys."""
+    from ipsecq.pcap import tool  # noqa: PLC0415
+
     content = _content(config, allow_legacy=allow_legacy, unauthenticated=False)
     worker = tool.Encryptor(content.sad, content.spd.dump(), os.urandom, mtu=mtu)
     _run(worker, source, target, keep_others, text, verbose)
 
 
 def _content(config: Path, *, allow_legacy: bool, unauthenticated: bool) -> Applied:
+    from ipsecq.policy.spd import Spd  # noqa: PLC0415
+    from ipsecq.sa.sad import Sad  # noqa: PLC0415
+    from ipsecq.setkey.apply import apply  # noqa: PLC0415
+    from ipsecq.setkey.parser import parse  # noqa: PLC0415
+
     try:
         # A quoted key may hold any octets.
         written = config.read_text("utf-8", "surrogateescape")
@@ -91,6 +98,9 @@ def _content(config: Path, *, allow_legacy: bool, unauthenticated: bool) -> Appl
 
 
 def _run(worker: tool.Worker, source: str, target: str, keep_others: bool, text: bool, verbose: bool) -> None:
+    from ipsecq.pcap import links, tool  # noqa: PLC0415
+    from ipsecq.pcap.format import Reader, Writer  # noqa: PLC0415
+
     out = sys.stderr if target == "-" else sys.stdout
 
     def say(line: str) -> None:

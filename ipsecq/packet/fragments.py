@@ -32,8 +32,9 @@ def fragment(packet: Buffer, mtu: int, identification: int) -> list[bytes]:
 
     A whole datagram gets ``identification`` (16 bits of it in IPv4, 32 in IPv6); a fragment is cut further and keeps
     its own.  IPv4: DF is not looked at and is clear in the pieces; options go into later pieces by their copied flag.
-    IPv6: the fragment header stands behind the per-hop headers.  ``[]`` when the packet is malformed or the MTU leaves
-    no room for eight octets (IPv6: for the whole header chain) in the first piece.
+    IPv6: the fragment header stands behind the per-hop headers.  ``[]`` when the packet is malformed, is a
+    fragment that reaches beyond 65535 octets, or the MTU leaves no room for eight octets (IPv6: for the whole header
+    chain) in the first piece.
     """
     view = PacketView()
     if not view.load(packet):
@@ -50,9 +51,10 @@ def _fragment_ipv4(packet: Buffer, view: PacketView, mtu: int, identification: i
     if not view.is_fragment:
         _U16.pack_into(head, 4, identification)
     later = _copied_options(head)
-    if later is None or mtu < len(head) + 8:
-        return []
     position, end = view.header_length, view.length
+    # A fragment whose data end beyond what a datagram can hold: its pieces' offsets would not fit their field.
+    if later is None or mtu < len(head) + 8 or view.fragment_offset + end > MAX_LENGTH:
+        return []
     offset, last_word = view.fragment_offset, view.fragment_word & MF
     pieces = []
     while position < end:
@@ -90,6 +92,8 @@ def _fragment_ipv6(packet: Buffer, view: PacketView, mtu: int, identification: i
     else:
         place, named_by = view.header_length, view.header_nexthdr
         position, kind = place, packet[named_by]
+    if offset + view.length - position > MAX_LENGTH:  # as in IPv4
+        return []
     room = mtu - place - 8 & ~7
     # RFC 7112: the first fragment holds all headers, the upper layer's first octets (ports, type) included.
     needed = view.offset - position + min(8, view.length - view.offset)

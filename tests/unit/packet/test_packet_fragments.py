@@ -282,3 +282,12 @@ def test_any_octets_are_cut_joined_or_dropped(octets, mtu):
             packet[0] = first
         fragment(packet, mtu, 1)
         machine.add(packet, 0)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_fragment_that_reaches_beyond_65535_octets_is_not_cut_further(version):
+    """Found by fuzzing: the pieces' offsets would not fit their field (the "ping of death")."""
+    octets = bytes(1000)
+    inside, beyond = (bytes(cut(offset, octets, True, version=version)) for offset in (64000, 65200))
+    assert len(fragment(inside, 500, 1)) == 3
+    assert fragment(beyond, 500, 1) == []
