@@ -129,6 +129,14 @@ class EspStep:
         return sealed
 
 
+def _identified(header: bytes, sequence: int) -> bytes:
+    """An IPv4 header whose identification is not 0: AH covers it, and raw sockets replace a 0 (raw(7))."""
+    head = bytearray(header)
+    head[4:6] = (sequence & 0xFFFF or 1).to_bytes(2, "big")
+    ipv4.fix_checksum(head)
+    return bytes(head)
+
+
 class AhStep:
     """AH, transport or tunnel mode: the same thing but for the header in front."""
 
@@ -178,6 +186,8 @@ class AhStep:
         else:
             next_header = packet[view.header_nexthdr]
             prefix = own_header(packet, view, int(IpsecProtocol.AH), behind)
+        if version == 4 and not (prefix[4] or prefix[5]):
+            prefix = _identified(prefix, sequence)
         sealed = self._transform.seal(
             memoryview(packet)[header : view.length], next_header, sequence, prefix,
             cleartos=self._cleartos, offsetmask=self._offsetmask,
