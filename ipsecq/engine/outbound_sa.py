@@ -18,6 +18,7 @@ from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation, Slot
+from ipsecq.packet import ipv4
 from ipsecq.sa.sequence import LIMIT_32, LIMIT_64, OutboundSequence
 from ipsecq.transforms import natt
 from ipsecq.transforms.ah import AhTransform
