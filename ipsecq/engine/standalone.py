@@ -54,5 +54,6 @@ def build(
 
     ports = frozenset((NATT_PORT, *(sa.natt.dport for sa in sas if sa.natt is not None)))
     return Tables(
-        Sad(sas), Spd(policies), sysctl or Sysctl(), words, counters, lease, random, ports, unauthenticated
-    )
+        Sad(sas), Spd(policies), sysctl or Sysctl(), words, counters, lease, random, natt_ports=ports,
+        unauthenticated=unauthenticated,
+    )  # fmt: skip

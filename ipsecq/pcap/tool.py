@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Final, NamedTuple, Protocol
 
 from ipsecq.counters import Counter, Fate
-from ipsecq.engine.emit import Emissions
+from ipsecq.engine.emit import Acquire, Emissions
 from ipsecq.engine.inbound import Inbound
 from ipsecq.engine.outbound import Outbound
 from ipsecq.engine.standalone import build
@@ -247,7 +247,7 @@ class Encryptor(_Common):
         if fate == Fate.HOLD:
             held = emit.held
             lacking = "no SA"
-            if held is not None:
+            if isinstance(held, Acquire):
                 name = IpsecProtocol(held.protocol).name.lower()
                 lacking = f"no {name} SA from {text.address(held.src)} to {text.address(held.dst)}"
                 lacking += f" with reqid {held.reqid}" if held.reqid else ""
