@@ -24,8 +24,8 @@ from ipsecq.sa.association import SaKey, SecurityAssociation, Slot
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
-PFKEY_LABEL: Final = "pfkey:"
-"""Begins the label of whatever came over PF_KEY."""
+PFKEY_LABEL: Final = ("pfkey:", "setkey:")
+"""Begin the labels of whatever came over PF_KEY, or by ``ipsecq setkey``."""
 _STATE: Final = int(Slot.STATE)
 SWEEP: Final = 4096
 """SAs that one look at lifetimes and reservations takes in: a hundred thousand take seconds, not the event loop."""

@@ -18,9 +18,10 @@ from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.log import LOGGER
 from ipsecq.errors import DaemonError, IpsecqError, SadError, SpdError
-from ipsecq.numbers import Direction, SaState
-from ipsecq.pfkey.constants import Dialect
+from ipsecq.numbers import Direction, Protocol, SaState
+from ipsecq.pfkey.constants import Dialect, MessageType
 from ipsecq.pfkey.database import Usage
+from ipsecq.pfkey.saconvert import SATYPE_OF
 from ipsecq.pfkey.server import Datagrams, PfkeyServer
 from ipsecq.pfkey.socket_server import PfkeySocketServer
 from ipsecq.policy.model import Policy, Selector, Transform
@@ -179,6 +180,39 @@ class KeyService:
         if now >= self._next_tick:
             self._next_tick = now + 1.0
             self._send(self.server.tick())
+
+    # -- changes by setkey, which listeners hear of --------------------------------------------------------------------
+
+    def added(self, sa: SecurityAssociation) -> None:
+        """An SA was added."""
+        self.server.sadb.announce(MessageType.ADD, sa)
+        self._send(self.server.changed())
+
+    def deleted(self, sa: SecurityAssociation) -> None:
+        """An SA was deleted."""
+        self.server.sadb.announce(MessageType.DELETE, sa)
+        self._send(self.server.changed())
+
+    def flushed(self, gone: Sequence[SecurityAssociation], protocol: Protocol | None) -> None:
+        """All SAs (of one protocol) were deleted."""
+        if gone:
+            self.server.sadb.announce_flush(int(SATYPE_OF[protocol]) if protocol is not None else 0)
+            self._send(self.server.changed())
+
+    def put_policy(self, policy: Policy, *, exclusive: bool) -> None:
+        """Add or replace.  SpdError EEXIST."""
+        self.server.spdb.put(policy, exclusive=exclusive)
+        self._send(self.server.changed())
+
+    def delete_policy(self, direction: Direction, selector: Selector) -> None:
+        """Remove.  SpdError ENOENT."""
+        self.server.spdb.remove(direction, selector)
+        self._send(self.server.changed())
+
+    def flush_policies(self) -> None:
+        """Remove all."""
+        self.server.spdb.clear()
+        self._send(self.server.changed())
 
     # -- news of the packet path -------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import ipsecq
+from ipsecq.daemon.setkey import Setkey
 from ipsecq.errors import DaemonError
 from ipsecq.metrics import netstat
 from ipsecq.sysctl import Sysctl
@@ -21,6 +22,7 @@ class Requests:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
+        setkey = Setkey(supervisor)
         self._commands: dict[str, Answer] = {
             "version": self._version,
             "status": self._status,
@@ -29,6 +31,8 @@ class Requests:
             "sysctl-get": self._sysctl_get,
             "sysctl-set": self._sysctl_set,
             "state-reset": self._state_reset,
+            "setkey": setkey.execute,
+            "setkey-dump": setkey.dump,
         }
 
     async def handle(self, command: str, request: dict[str, Any]) -> object:

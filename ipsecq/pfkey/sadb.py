@@ -152,6 +152,17 @@ class SaHandlers:
             self._describe(sa, MessageType.DUMP, count - index, pid) for index, sa in enumerate(chosen, start=1)
         )
 
+    def announce(self, kind: MessageType, sa: SecurityAssociation) -> None:
+        """ADD or DELETE of an SA by somebody who isn't a PF_KEY client: to all listeners."""
+        if kind is MessageType.ADD:
+            self.acquires.answered(sa)
+        shown = sa if kind is MessageType.ADD else replace(sa, state=SaState.DEAD)
+        self.hub.broadcast(self._describe(shown, kind, 0, 0))
+
+    def announce_flush(self, satype: int) -> None:
+        """FLUSH by somebody who isn't a PF_KEY client."""
+        self.hub.broadcast(lambda _: Message(MessageType.FLUSH, satype))
+
     # -- events ----------------------------------------------------------------------------------------
 
     def expire(self, sa: SecurityAssociation, *, hard: bool) -> None:

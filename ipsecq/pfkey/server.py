@@ -209,6 +209,10 @@ class PfkeyServer:
         self.spdb.expired(policy)
         return self.hub.take()
 
+    def changed(self) -> Datagrams:
+        """What ``sadb.announce``, ``spdb.put`` and their like have to tell the listeners."""
+        return self.hub.take()
+
     def tick(self) -> Datagrams:
         """To be called once a second or so: larval SAs and unanswered ACQUIREs die."""
         now = self._clock()

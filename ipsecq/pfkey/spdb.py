@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from ipsecq.errors import SpdError
 from ipsecq.numbers import Action, Direction, Protocol
 from ipsecq.pfkey import algorithms, saconvert, spconvert
 from ipsecq.pfkey.acquire import Acquires
@@ -17,7 +18,7 @@ from ipsecq.pfkey.forward import SHADOW_ID, ForwardPolicies
 from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt
-from ipsecq.policy.model import Policy, Transform
+from ipsecq.policy.model import Policy, Selector, Transform
 from ipsecq.policy.setpolicy import priority_to_wire
 
 
@@ -113,6 +114,34 @@ class PolicyHandlers:
         return count, (
             _describe(policy, MessageType.X_SPDDUMP, count - index, pid) for index, policy in enumerate(chosen, start=1)
         )
+
+    # -- the same for whoever isn't a PF_KEY client -----------------------------------------------------
+
+    def put(self, policy: Policy, *, exclusive: bool) -> Policy:
+        """Add or, unless ``exclusive``, replace; SpdError EEXIST."""
+        if exclusive and not (policy.direction is Direction.IN and self.forward.inbound_added(policy)):
+            stored = self.database.add_policy(policy)
+        else:
+            stored = self.database.update_policy(policy)
+        self.forward.inbound_owned(stored)
+        kind = MessageType.X_SPDADD if exclusive else MessageType.X_SPDUPDATE
+        self.hub.broadcast(_describe(stored, kind, 0, 0))
+        return stored
+
+    def remove(self, direction: Direction, selector: Selector) -> Policy:
+        """Remove; SpdError ENOENT."""
+        found = self.database.find_policy(direction, selector)
+        if found is None:
+            raise SpdError("no policy with this direction and selector", errno.ENOENT)
+        self._delete(found)
+        self.hub.broadcast(_describe(found, MessageType.X_SPDDELETE, 0, 0))
+        return found
+
+    def clear(self) -> None:
+        """Remove all policies."""
+        if self.database.flush_policies():
+            self.hub.broadcast(lambda _: Message(MessageType.X_SPDFLUSH))
+        self.forward.flush()
 
     # -- events ----------------------------------------------------------------------------------------
 

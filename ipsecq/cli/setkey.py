@@ -1,0 +1,118 @@
+"""``ipsecq setkey``: setkey(8) on the running daemon."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+import ipsecq
+from ipsecq.daemon import config as configuration
+from ipsecq.daemon.control import ask
+from ipsecq.setkey.parser import parse
+
+_PART: Final = 16 << 10
+"""Characters of a file in one request: far below the control socket's limit, however they are escaped."""
+
+
+def setkey(
+    file: Annotated[Path | None, typer.Option("-f", metavar="FILE", help="Carry out the sentences of a file.")] = None,
+    stdin: Annotated[bool, typer.Option("-c", help="Carry out the sentences on standard input.")] = False,
+    dump: Annotated[bool, typer.Option("-D", help="Show the SAs, with -P the policies.  Keys: to root alone.")] = False,
+    flush: Annotated[bool, typer.Option("-F", help="Remove the SAs, with -P the policies.")] = False,
+    policies: Annotated[bool, typer.Option("-P", help="With -D and -F: policies in place of SAs.")] = False,
+    monitor: Annotated[bool, typer.Option("-x", help="Show every PF_KEY message, until interrupted.")] = False,
+    check: Annotated[bool, typer.Option("-n", help="Check the sentences and change nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", help="Say how many sentences were carried out.")] = False,
+    every: Annotated[bool, typer.Option("-a", help="Accepted: dead SAs are not kept, so none is hidden.")] = False,
+    ports: Annotated[bool, typer.Option("-p", help="Accepted: ports of UDP encapsulation are always shown.")] = False,
+    kernel: Annotated[bool, typer.Option("-k", help="Accepted: policies for forwarding are part of `in` here.")] = False,
+    atomic: Annotated[bool, typer.Option("--atomic", help="All sentences take effect, or none.")] = False,
+    version: Annotated[bool, typer.Option("-V", help="Print the version.")] = False,
+    config: Annotated[
+        Path, typer.Option("--config", help="Configuration file (TOML).", envvar="IPSECQ_CONFIG", dir_okay=False)
+    ] = configuration.DEFAULT_PATH,
+) -> None:
+    """Add, show and remove SAs and policies by hand, in the words of setkey(8)."""
+    if version:
+        print(f"ipsecq {ipsecq.__version__} setkey")
+        return
+    if sum((file is not None, stdin, dump, flush, monitor)) != 1:
+        raise typer.BadParameter("give one of -c, -f FILE, -D, -F and -x")
+    if file is not None or stdin:
+        _carry_out(config, file, check=check, atomic=atomic, verbose=verbose)
+        return
+    settings = configuration.load(config)
+    if dump:
+        _show(settings.control_socket, what="spd" if policies else "sad")
+    elif flush:
+        _execute(settings.control_socket, "spdflush;" if policies else "flush;", "", atomic=False)
+    else:
+        _monitor(settings.pfkey_socket)
+
+
+def _carry_out(config: Path, file: Path | None, *, check: bool, atomic: bool, verbose: bool) -> None:
+    name = str(file) if file is not None else "stdin"
+    octets = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+    text = octets.decode("utf-8", "surrogateescape")
+    commands = parse(text, name)  # a mistake is found before the daemon hears of anything
+    if check:
+        print(f"{name}: {len(commands)} sentences, no mistake")
+        return
+    errors = _execute(configuration.load(config).control_socket, text, name, atomic=atomic)
+    if verbose:
+        print(f"{name}: {len(commands) - len(errors)} of {len(commands)} sentences carried out")
+    if errors:
+        sys.exit(1)
+
+
+def _execute(socket: Path, text: str, name: str, *, atomic: bool) -> list[str]:
+    """Send the text in parts; print what its sentences show; the lines about those that were refused."""
+    token, at = "", 0
+    answer: Any = None
+    while answer is None or "token" in answer:
+        part, at = text[at : at + _PART], at + _PART
+        answer = ask(
+            socket, "setkey", timeout=600.0, token=token, text=part, more=at < len(text), file=name, atomic=atomic
+        )
+        token = answer.get("token", "")
+    for line in answer["errors"]:
+        print(f"ipsecq: {line}", file=sys.stderr)
+    if answer["shown"]:
+        _show(socket, token=answer["shown"])
+    return list(answer["errors"])
+
+
+def _show(socket: Path, **request: str) -> None:
+    empty = f"No {'SPD' if request.get('what') == 'spd' else 'SAD'} entries."
+    while True:
+        answer = ask(socket, "setkey-dump", **request)
+        if not answer["text"]:
+            print(empty)
+            return
+        sys.stdout.write(answer["text"])
+        if not answer["token"]:
+            return
+        request = {"token": answer["token"]}
+
+
+def _monitor(socket: Path) -> None:
+    from ipsecq.pfkey.client import PfkeyClient  # noqa: PLC0415
+    from ipsecq.pfkey.constants import MessageType  # noqa: PLC0415
+    from ipsecq.pfkey.messages import Message  # noqa: PLC0415
+
+    with PfkeyClient.connect(socket) as client:
+        client.socket.settimeout(None)
+        client.send(Message(MessageType.X_PROMISC, satype=1))
+        while True:
+            message = client.receive()
+            spi = f" spi=0x{message.sa.spi:08x}" if message.sa is not None else ""
+            error = f" errno={message.errno}" if message.errno else ""
+            print(
+                f"{time.strftime('%H:%M:%S')} SADB_{MessageType(message.type).name} satype={message.satype}"
+                f" seq={message.seq} pid={message.pid}{spi}{error}",
+                flush=True,
+            )
