@@ -35,9 +35,12 @@ class WorkerSetup:
     """What a worker needs to know once: the first operation of its first frame."""
 
     queue: int
+    plain_queue: int
+    """Queue in which the kernel cuts super-packets; -1: no super-packets, please."""
     mark_done: int
     mark_stolen: int
     enc_device: str
+    coalesce: bool
     log: LogConfig
     journal: bool
 

@@ -164,14 +164,20 @@ class WorkerPool:
         numbers = {"index": worker.index, "parent": os.getpid(), **descriptors}
         root = str(Path(ipsecq.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        settings = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         # Workers die with this thread (PR_SET_PDEATHSIG), so it has to be the event loop's.
-        worker.process = subprocess.Popen(
-            [sys.executable, "-m", "ipsecq.daemon.worker", *(f"--{name}={value}" for name, value in numbers.items())],
-            pass_fds=[*descriptors.values(), *self._kept],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-        )
-        theirs.close()
+        try:
+            worker.process = subprocess.Popen(
+                [sys.executable, "-m", "ipsecq.daemon.worker", *(f"--{name}={value}" for name, value in numbers.items())],
+                pass_fds=[*descriptors.values(), *self._kept],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **settings},
+            )
+        except OSError as error:
+            mine.close()
+            raise DaemonError(f"worker {worker.index} cannot be started: {sys.executable}: {error.strerror}") from error
+        finally:
+            theirs.close()
         mine.setblocking(False)
         now = time.monotonic()
         worker.socket, worker.lines, worker.backlog = mine, LineReader(), bytearray()
@@ -210,8 +216,13 @@ class WorkerPool:
 
     def _again(self, worker: WorkerHandle) -> None:
         self._timers = {timer for timer in self._timers if timer.when() > asyncio.get_running_loop().time()}
-        if not self._stopping and worker.process is None:
+        if self._stopping or worker.process is not None:
+            return
+        try:
             self._spawn(worker)
+        except DaemonError as error:  # no memory, no descriptors: perhaps later
+            log.error("%s", error)
+            self._timers.add(asyncio.get_running_loop().call_later(BACKOFF[-1], self._again, worker))
 
     def _buried(self, worker: WorkerHandle) -> None:
         loop = asyncio.get_running_loop()

@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,6 +88,8 @@ class Supervisor:
     async def main(self) -> int:
         """Start, serve, stop."""
         loop = asyncio.get_running_loop()
+        self._helpers = ThreadPoolExecutor(thread_name_prefix="start")
+        loop.set_default_executor(self._helpers)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: self.spawn(self._reload_by_signal()))
@@ -146,16 +149,26 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_reader(self.keys.fileno(), self.keys.on_readable)
         stack.callback(loop.remove_reader, self.keys.fileno())
+        metrics = None
         if config.metrics_address is not None:
             metrics = MetricsServer(*config.metrics_address, self.sampler)
-            metrics.start()
             stack.callback(metrics.close)
         await asyncio.to_thread(self.loader.open_queues)
         # From here on the first thing to undo: nothing may pass while workers end.
         stack.push_async_callback(self._close_rules)
-        # What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for these two.
-        privileges.keep_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_NET_RAW])
+        self._give_up_privileges()
+        if metrics is not None:
+            metrics.start()
         self._save_blocked()
+
+    def _give_up_privileges(self) -> None:
+        """What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for two capabilities.
+
+        Capabilities belong to threads: those that helped with the start end here, others begin with what is left.
+        """
+        self._helpers.shutdown()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="helper"))
+        privileges.keep_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_NET_RAW])
 
     def _save_blocked(self) -> None:
         """Leave rules for a boot in which the daemon does not come up."""
@@ -339,8 +352,10 @@ class Supervisor:
     def _first_state(self, index: int) -> list[Operation]:
         settings = self.loader.settings
         setup = WorkerSetup(
-            self.config.daemon.queue_base + index, settings.mark_done, settings.mark_stolen,
-            self.config.nftables.enc_device, self.config.log, self._journal,
+            settings.queue_base + index,
+            settings.queue_base + settings.workers + index if self.config.offload.gso else -1,
+            settings.mark_done, settings.mark_stolen, self.config.nftables.enc_device,
+            self.config.offload.coalesce, self.config.log, self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state()]
 

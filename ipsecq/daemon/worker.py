@@ -128,9 +128,10 @@ class Worker:
         setup = self._first_state()
         if setup is None:
             return
-        queue = _bind(setup.queue)
+        queue = _bind(setup.queue, gso=setup.plain_queue >= 0)
+        plain_queue = _bind(setup.plain_queue) if queue.gso else None
         output = RawOutput(setup.mark_done)
-        enc0 = Enc0(setup.enc_device)
+        enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
         # The sockets are open; of what is left only netlink (NFQUEUE) and SO_MARK ask for a capability.
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN])
@@ -151,6 +152,7 @@ class Worker:
             control_fd=self._socket.fileno(),
             on_control=self._control,
             on_events=self._reports.events,
+            plain_queue=plain_queue,
         )
         replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
         replica.on_acquire_failed = self._loop.drop_held
@@ -163,8 +165,9 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (queue, output, enc0):
-                part.close()
+            for part in (queue, plain_queue, output, enc0):
+                if part is not None:
+                    part.close()
 
     def _first_state(self) -> WorkerSetup | None:
         """Wait for the set-up and the whole first state; None when the supervisor went meanwhile."""
@@ -199,11 +202,11 @@ class Worker:
         return useful
 
 
-def _bind(number: int) -> Queue:
+def _bind(number: int, *, gso: bool = False) -> Queue:
     deadline = time.monotonic() + QUEUE_PATIENCE
     while True:
         try:
-            return Queue(number)
+            return Queue(number, gso=gso)
         except NetfilterError:
             if time.monotonic() >= deadline:
                 raise

@@ -1,0 +1,136 @@
+"""One real daemon in a namespace: what it trusts after a restart, what it keeps of its rights, what a reload may do."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.netns import Lab
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+]
+
+SETKEY = """
+flush; spdflush;
+add 192.0.2.1 192.0.2.2 esp 0x1001 -m tunnel -r 32 -E aes-gcm-16 0x000102030405060708090a0b0c0d0e0f10111213;
+spdadd 10.1.0.1/32 10.2.0.0/16 any -P out ipsec esp/tunnel/192.0.2.1-192.0.2.2/require;
+"""
+
+
+@pytest.fixture
+def gateway():
+    with Lab() as lab:
+        space = lab.namespace("gw")
+        for command in (
+            "link set lo up",
+            "link add v0 type veth peer name v1",
+            "addr add 192.0.2.1/24 dev v0",
+            "addr add 10.1.0.1/32 dev v0",
+            "link set v0 up",
+            "link set v1 up",
+            "neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev v0",
+            "route add default via 192.0.2.2",
+        ):
+            space.run("ip", *command.split())
+        yield Gateway(space, SETKEY, workers=1)
+
+
+def send(gateway):
+    """One packet for the tunnel; the SA as status shows it afterwards."""
+    gateway.space.run("ping", "-c", "1", "-W", "0.2", "-I", "10.1.0.1", "10.2.0.1", check=False)
+    return gateway.status()["sas"][0]
+
+
+def test_a_restored_state_directory_does_not_send_until_it_is_told_of_new_keys(gateway):
+    gateway.start()
+    before = send(gateway)
+    assert before["sequence"] >= 1
+    assert gateway.stop() == 0
+    state, backup = gateway.directory / "state", gateway.directory / "backup"
+    shutil.copytree(state, backup)
+    gateway.start()
+    sent = send(gateway)["sequence"]
+    assert sent > before["sequence"]
+    gateway.kill()
+    shutil.rmtree(state)
+    backup.rename(state)
+    gateway.start()
+    refused = send(gateway)
+    assert refused["sequence"] == sent
+    assert "ipsecq state reset 0x00001001" in refused["problem"]
+    assert gateway.metric("ipsecq_sa_refused", spi="0x00001001") == 1
+    assert gateway.metric("ipsecq_drops_total", reason="esp_noseq") == 1
+    assert "1 SA may send" in gateway.command("state", "reset", "0x1001").stdout
+    deadline = 20
+    while (after := send(gateway))["sequence"] == sent and deadline:
+        deadline -= 1
+    assert after["sequence"] > sent
+    assert after["problem"] == ""
+
+
+def test_daemon_and_workers_keep_no_more_rights_than_they_use(gateway):
+    gateway.start()
+
+    def effective(pid):
+        with open(f"/proc/{pid}/status") as lines:
+            return [int(line.split()[1], 16) for line in lines if line.startswith(("CapEff", "CapPrm", "CapBnd"))]
+
+    assert gateway.process is not None
+    assert effective(gateway.process.pid) == [1 << 12 | 1 << 13] * 3
+    [worker] = gateway.workers()
+    assert effective(worker) == [1 << 12] * 3
+
+
+def test_a_second_daemon_for_the_same_run_directory_is_refused(gateway):
+    gateway.start()
+    second = gateway.command("run", check=False)
+    assert second.returncode == 1
+    assert "another ipsecq serves this run directory" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert gateway.status()["workers"][0]["up"]
+
+
+def test_a_reload_with_another_window_goes_on_with_the_numbers(gateway):
+    gateway.start()
+    before = send(gateway)
+    gateway.policy.write_text(SETKEY.replace("-r 32", "-r 256"))
+    gateway.command("reload")
+    after = send(gateway)
+    assert after["replay_window"] == 2048
+    assert after["sequence"] > before["sequence"]
+    assert after["packets"] == before["packets"] + 1
+
+
+def test_a_reload_that_nft_refuses_leaves_everything_as_it_was(gateway):
+    gateway.start()
+    before = gateway.status()
+    # A table that the loader wants to change has gone, and nft with it: the reload fails at its very last step.
+    broken = gateway.directory / "bin"
+    broken.mkdir()
+    gateway.policy.write_text(SETKEY + "spdadd 10.1.0.1/32 10.3.0.0/16 any -P out ipsec esp/transport//require;\n")
+    gateway.stop()
+    (broken / "nft").write_text(
+        '#!/bin/sh\ntest -e "$(dirname "$0")/refuse" && { echo refused >&2; exit 1; }\nexec /usr/sbin/nft "$@"\n'
+    )
+    (broken / "nft").chmod(0o755)
+    gateway.policy.write_text(SETKEY)
+    os.environ["PATH"], old = f"{broken}:{os.environ['PATH']}", os.environ["PATH"]
+    try:
+        gateway.start()
+        gateway.policy.write_text(SETKEY + "spdadd 10.1.0.1/32 10.3.0.0/16 any -P out ipsec esp/transport//require;\n")
+        (broken / "refuse").touch()
+        result = gateway.command("reload", check=False)
+        (broken / "refuse").unlink()
+    finally:
+        os.environ["PATH"] = old
+    assert result.returncode == 1
+    assert "refused" in result.stderr
+    after = gateway.status()
+    assert json.dumps(after["policies"]) == json.dumps(before["policies"])
+    assert not after["reload"]["success"]
+    assert send(gateway)["packets"] >= 1
