@@ -1,0 +1,138 @@
+"""Workers that hang, a daemon that dies under traffic: replaced, blocked meanwhile, and no number is used twice."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from flow import Flow
+
+from ipsecq.lab.capture import Capture, in_clear, repeated_sequence_numbers
+from ipsecq.lab.netns import wait_for
+from ipsecq.lab.traffic import ping
+
+pytestmark = pytest.mark.root
+
+
+def lans(world):
+    return [site.lan(version) for site in world.network.sites for version in (4, 6)]
+
+
+def test_a_stopped_worker_is_replaced_within_ten_seconds(make_world):
+    world = make_world()
+    one, two = world.network.sites
+    with Capture(one.gateway, "wan", snaplen=160) as wire, Flow(one.host, two.host4) as flow:
+        stopped = world.one.workers()
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        since = time.monotonic()
+        wait_for(lambda: not set(stopped) & set(world.one.workers()), "other workers", 10)
+        wait_for(lambda: all(worker["up"] for worker in world.one.status()["workers"]), "workers that serve", 10)
+        assert time.monotonic() - since < 10
+        flow.goes_on()
+    assert ping(one.host, two.host6) == 3
+    frames = wire.frames()
+    assert in_clear(frames, *lans(world)) == []
+    assert repeated_sequence_numbers(frames) == []
+    assert [worker["restarts"] for worker in world.one.status()["workers"]] == [1, 1]
+    assert flow.outage < 10
+
+
+def test_a_daemon_killed_under_traffic_lets_nothing_out_and_goes_on_beyond_its_numbers(make_world):
+    world = make_world()
+    one, two = world.network.sites
+    spi = world.tunnel.spi_from(one, 4)
+    with Capture(one.gateway, "wan", snaplen=160) as wire, Flow(one.host, two.host4) as flow:
+        workers = world.one.workers()
+        world.one.kill()
+        wait_for(lambda: not set(workers) & set(one.gateway.pids()), "the workers to end", 5)
+        wire.settle()
+        dead = time.time()
+        last = max(frame.esp[1] for frame in wire.frames() if frame.esp and frame.esp[0] == spi)
+        time.sleep(0.5)
+        assert [frame for frame in wire.frames() if frame.time > dead and frame.src == one.wan4 and frame.esp] == []
+        world.one.start()
+        flow.goes_on()
+    frames = wire.frames()
+    assert in_clear(frames, *lans(world)) == []
+    assert repeated_sequence_numbers(frames) == []
+    fresh = [frame.esp[1] for frame in frames if frame.time > dead and frame.esp and frame.esp[0] == spi]
+    assert fresh
+    assert min(fresh) > last
+
+
+def test_a_replay_of_what_was_recorded_before_a_kill_is_dropped_after_it(make_world):
+    """The receiver's window lives in the run directory, not in the process."""
+    from ipsecq.lab.capture import inject
+
+    world = make_world(router=True)
+    one, two = world.network.sites
+    with Capture(world.network.router, "left") as wire:
+        assert ping(one.host, two.host4) == 3
+        wire.settle()
+    recorded = [frame.data for frame in wire.frames() if frame.esp and frame.dst == one.wan4]
+    assert len(recorded) >= 3
+    world.one.kill()
+    world.one.start()
+    inject(world.network.router, "left", *recorded)
+    wait_for(lambda: world.one.metric("ipsecq_drops_total", reason="esp_replay") == len(recorded), "replays", 5)
+    assert ping(one.host, two.host4) == 3
+
+
+def test_a_running_daemon_has_two_capabilities_in_every_thread_and_workers_one(make_world):
+    world = make_world()
+    net_admin, net_raw = 1 << 12, 1 << 13
+
+    def held(pid):
+        found = set()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            lines = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+            found.add(int(lines["CapEff"], 16) | int(lines["CapPrm"], 16))
+        return found
+
+    # The fork and exec of `ip netns exec` and `setpriv` end in the daemon: its pid is the process's.
+    world.one.metrics_text()
+    assert held(world.one.pid) == {net_admin | net_raw}
+    assert [held(pid) for pid in world.one.workers()] == [{net_admin}, {net_admin}]
+
+
+def test_no_key_is_in_status_metrics_log_or_the_rules_on_disk(make_world):
+    world = make_world()
+    one, two = world.network.sites
+    assert ping(one.host, two.host4) == 3
+    os.kill(world.one.workers()[0], signal.SIGKILL)
+    wait_for(lambda: world.one.status()["workers"][0]["restarts"] == 1, "a restart", 10)
+    keys = [word.removeprefix("0x").rstrip(";") for line in world.tunnel.lines for word in line.split() if len(word) > 34]
+    assert len(keys) == 4
+    shown = [
+        world.one.command("status", "--json").stdout,
+        world.one.command("status").stdout,
+        world.one.command("stat").stdout,
+        world.one.metrics_text(),
+        world.one.log.read_text(),
+        (world.one.directory / "state" / "blocked.nft").read_text(),
+        one.gateway.run("nft", "list", "ruleset").stdout,
+    ]
+    for text in shown:
+        assert text
+        assert not [key for key in keys if key in text.lower() or key[:16] in text.lower()]
+
+
+def test_the_rules_on_disk_block_what_the_daemon_protected(make_world):
+    """For a boot in which the daemon does not come up: systemd loads them before it."""
+    world = make_world()
+    one, two = world.network.sites
+    rules = world.one.directory / "state" / "blocked.nft"
+    wait_for(rules.exists, "blocked.nft")
+    assert world.one.stop() == 0
+    one.gateway.run("nft", "flush", "ruleset")  # as after a boot
+    one.gateway.run("nft", "-f", str(rules))
+    with Capture(one.gateway, "wan") as wire:
+        for version in (4, 6):
+            assert ping(one.host, two.host_address(version), count=2, wait=0.3) == 0
+        wire.settle()
+    assert in_clear(wire.frames(), *lans(world)) == []
+    assert ping(one.gateway, two.wan4, source=one.wan4) == 3
+    world.one.start()
+    assert ping(two.host, one.host4) == 3
