@@ -86,7 +86,7 @@ def _execute(socket: Path, text: str, name: str, *, atomic: bool) -> list[str]:
     return list(answer["errors"])
 
 
-def _show(socket: Path, **request: str) -> None:
+def _show(socket: Path, **request: Any) -> None:
     empty = f"No {'SPD' if request.get('what') == 'spd' else 'SAD'} entries."
     while True:
         answer = ask(socket, "setkey-dump", **request)

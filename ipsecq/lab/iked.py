@@ -107,7 +107,8 @@ def start_pair(
 ) -> tuple[tuple[Gateway, Gateway], tuple[Iked, Iked]]:
     """Both gateways without a word about IPsec in their files, an iked on each; one is active, two waits.
 
-    ``nat``: site one is behind a NAT, so that two does not know its address.  With ``wait`` it returns when an SA each way is there at both ends.
+    ``nat``: site one is behind a NAT, so that two does not know its address.
+    With ``wait`` it returns when an SA each way is there at both ends.
     """
     gateways = [Gateway(site.gateway, "", workers=workers) for site in network.sites]
     for gateway in gateways:
