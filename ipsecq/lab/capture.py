@@ -5,8 +5,10 @@ from __future__ import annotations
 import ipaddress
 import mmap
 import re
+import signal
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,13 +126,22 @@ class Frame:
 
 
 class Capture:
-    """tcpdump on a device, into a file that lives as long as the lab; it records inside ``with``."""
+    """tcpdump on a device, into a file that lives as long as the lab; it records inside ``with``.
 
-    def __init__(self, space: Namespace, device: str, *, expression: str = "", snaplen: int = 0) -> None:
+    ``bulk``: nothing is lost at the speed of a TCP transfer, but :meth:`settle` takes a second longer.
+    """
+
+    def __init__(
+        self, space: Namespace, device: str, *, expression: str = "", snaplen: int = 0, bulk: bool = False
+    ) -> None:
         self.space, self.device = space, device
         self.path: Path = space.lab.directory / f"{space.role}-{device}-{next(_serial)}.pcap"
         self._log = self.path.with_suffix(".log")
-        self._argv = ["tcpdump", "-n", "-i", device, "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-s", str(snaplen)]
+        self._bulk = bulk
+        # Immediate mode hands over each frame at once, in slots as large as a frame can be: few fit the buffer, so
+        # bulk captures go without it and are up to a second late.
+        mode = ["-B", "262144"] if bulk else ["-B", "65536", "-U", "--immediate-mode"]
+        self._argv = ["tcpdump", "-n", "-i", device, *mode, "-Z", "root", "-s", str(snaplen)]
         self._argv += ["-w", str(self.path), *expression.split()]
 
     def __enter__(self) -> Capture:
@@ -146,8 +157,13 @@ class Capture:
     def settle(self, quiet: float = 0.2) -> None:
         """Wait until the file has stopped growing: everything sent so far is in it."""
         size = -1
-        while size != (size := self.path.stat().st_size):
-            self.space.run("sleep", str(quiet))
+        while size != (size := self._flushed()):
+            time.sleep(quiet + 1.0 * self._bulk)
+
+    def _flushed(self) -> int:
+        self._process.send_signal(signal.SIGUSR2)  # tcpdump: flush
+        time.sleep(0.05)
+        return self.path.stat().st_size
 
     @property
     def lost(self) -> int:

@@ -140,7 +140,7 @@ def main() -> int:
                 workers = ", ".join(str(pid) for pid in gateway.workers())
                 screen.verdict(True, f"{gateway.space.role} is ready: daemon {gateway.pid}, workers {workers}")
             screen.heading("traffic between host A and host B")
-            with Capture(one.space, "wan") as wire:
+            with Capture(one.space, "wan", bulk=True) as wire:
                 traffic(screen, network)
                 wire.settle()
             screen.heading("what crossed the wire")

@@ -26,7 +26,7 @@ def test_ping_crosses_in_both_directions(tunnel_net, version):
 @pytest.mark.parametrize("reverse", [False, True], ids=["upload", "download"])
 def test_200_megabytes_of_tcp_arrive_unharmed_and_the_wire_shows_esp_alone(tunnel_net, version, reverse):
     one, two = tunnel_net.network.sites
-    with Capture(tunnel_net.network.router, "left") as wire:
+    with Capture(tunnel_net.network.router, "left", bulk=True) as wire:
         transfer = tcp(one.host, two.host, two.host_address(version), 200_000_000, reverse=reverse)
         wire.settle()
     assert transfer.digest_matches
