@@ -220,7 +220,7 @@ def policy_string(data: bytes) -> None:
         spec = setpolicy.parse(text)
     except PolicySyntaxError:
         return
-    assert spec.transforms is not None
+    assert setpolicy.parse(setpolicy.format(spec)) == spec, text
 
 
 @target
