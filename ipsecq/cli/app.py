@@ -13,7 +13,7 @@ import ipsecq
 from ipsecq.cli import report
 from ipsecq.cli.explain import explain
 from ipsecq.cli.pcap import app as pcap
-from ipsecq.cli.setkey import setkey
+from ipsecq.cli.setkey import importer, setkey
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 
@@ -171,6 +171,7 @@ def reset(
 
 app.command()(explain)
 app.command()(setkey)
+app.add_typer(importer, name="import")
 
 
 @app.command()

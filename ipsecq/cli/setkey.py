@@ -116,3 +116,22 @@ def _monitor(socket: Path) -> None:
                 f" seq={message.seq} pid={message.pid}{spi}{error}",
                 flush=True,
             )
+
+
+importer = typer.Typer(help="Other systems' configuration as sentences of setkey(8).", no_args_is_help=True)
+
+
+@importer.callback()
+def _import() -> None:
+    """Other systems' configuration as sentences of setkey(8)."""
+
+
+@importer.command("ip-xfrm")
+def import_xfrm() -> None:
+    """Read ``ip xfrm state; ip xfrm policy`` on standard input.  Exit status 1: something has no counterpart (comments)."""
+    from ipsecq.setkey.xfrm import convert  # noqa: PLC0415
+
+    sentences, refused = convert(sys.stdin.read())
+    for sentence in sentences:
+        print(sentence)
+    sys.exit(1 if refused else 0)
