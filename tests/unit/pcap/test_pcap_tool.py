@@ -380,3 +380,38 @@ def test_memory_does_not_grow_with_the_file(tmp_path, conf):
         peaks.append(int(peak))
     assert len(records(tmp_path / "out")) == len(large)
     assert peaks[1] - peaks[0] < 4096, f"KiB at most: {peaks}"
+
+
+@pytest.mark.skipif(shutil.which("tshark") is None, reason="needs tshark")
+@pytest.mark.parametrize("mode", ["transport", "tunnel"])
+@pytest.mark.parametrize(
+    ("protocol", "keys", "layer"),
+    [
+        ("ah", "-A hmac-sha2-256 0x" + "33" * 32, "ah"),
+        ("ah", "-A hmac-sha2-512 0x" + "33" * 64, "ah"),
+        ("ipcomp", "-C deflate", "ipcomp"),
+    ],
+)
+def test_tshark_finds_nothing_wrong_with_our_ah_and_ipcomp(tmp_path, conf, protocol, keys, layer, mode):
+    lines, packets = [], []
+    for a, b in (("192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::2")):
+        ends = f"{a}-{b}" if mode == "tunnel" else ""
+        lines += [
+            f"add {a} {b} {protocol} 0x1001 -m {mode} {keys};",
+            f"spdadd {a} {b} udp -P out ipsec {protocol}/{mode}/{ends}/require;",
+        ]
+        packets += [udp(a, b, bytes(size)) for size in (100, 1400)]
+    conf.write_text("\n".join(lines))
+    capture(tmp_path / "clear", packets)
+    call("encrypt", "-c", conf, tmp_path / "clear", tmp_path / "out")
+    fields = ["frame.protocols", "udp.length", "_ws.malformed", "_ws.expert.severity", "_ws.expert.message"]
+    done = subprocess.run(
+        ["tshark", "-r", tmp_path / "out", "-T", "fields", *(word for each in fields for word in ("-e", each))],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert len(rows) == len(packets)
+    for row in rows:
+        assert f":{layer}" in row[0], row
+        assert row[1] in ("108", "1408"), row  # tshark has found the datagram inside
+        assert row[2:] in (["", "", ""], ["", "2097152", row[4]]), row  # at most a "chat", no note, warning or error
