@@ -15,7 +15,7 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_TEST  := $(PACKAGES_LAB) systemd conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check fuzz bench bench-policy scenarios install uninstall clean
+.PHONY: help demo test check fuzz bench bench-keys bench-policy scenarios install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,11 @@ bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other w
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
 	@.ci/need-venv $(VENV) lab
 	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
+
+bench-keys: ## SAs added a second, a dump of 100,000, time until all workers have an ADD (root)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@.ci/need-venv $(VENV) lab
+	@$(VENV)/bin/python -m ipsecq.lab.bench_keys $(BENCH)
 
 bench-policy: ## cost of policy look-ups at 10 to 100,000 policies and SAs
 	@.ci/need-packages $(PACKAGES_BUILD)

@@ -1,4 +1,4 @@
-# ruff: noqa: E101, W191  # the tabs are iproute2's
+# ruff: noqa: E101  # the tabs are iproute2's
 import pytest
 
 from ipsecq.numbers import Direction, Level, Mode, Protocol
