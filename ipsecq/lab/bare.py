@@ -75,6 +75,8 @@ class BareGateway:
         self._outside = Reassembler(1 << 22, 64, 30.0)  # what the kernel's defragmentation is on a gateway
         self._inside = Reassembler(1 << 22, 64, 30.0)
         self.answers, self.refused = [], []
+        while self._frame():  # what is late belongs to the SAs before
+            pass
 
     def count(self, counter: Counter) -> int:
         """A counter since the last :meth:`load`."""
@@ -103,14 +105,16 @@ class BareGateway:
         found: list[bytes] = []
         deadline = time.monotonic() + seconds
         while not found and select.select([self._wire], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            while True:
-                try:
-                    frame = self._wire.recv(65600)
-                except BlockingIOError:
-                    break
+            while frame := self._frame():
                 if frame[12:14] in ETHERTYPE.values():
                     found += self._open(frame[14:])
         return found
+
+    def _frame(self) -> bytes:
+        try:
+            return self._wire.recv(65600)
+        except BlockingIOError:
+            return b""
 
     def _open(self, datagram: bytes) -> list[bytes]:
         emit, now = self._emit, time.time()
@@ -144,7 +148,8 @@ def udp(src: bytes, dst: bytes, sport: int, dport: int, payload: bytes, *, head:
     total = checksum.transport(src, dst, IPPROTO_UDP, b"".join((fixed, b"\0\0", payload))) or 0xFFFF
     segment = b"".join((fixed, total.to_bytes(2, "big"), payload))
     if len(src) == 16:
-        return ipv6.header(src, dst, 0 if head else IPPROTO_UDP, len(head) + len(segment), traffic_class=tos) + head + segment
+        follows = 0 if head else IPPROTO_UDP
+        return ipv6.header(src, dst, follows, len(head) + len(segment), traffic_class=tos) + head + segment
     packet = bytearray(ipv4.header(src, dst, IPPROTO_UDP, len(head) + len(segment), tos=tos, identification=sport))
     packet[0] += len(head) // 4
     packet += head
