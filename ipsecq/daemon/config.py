@@ -54,6 +54,8 @@ class DaemonConfig:
     """Open a second PF_KEY socket, ``pfkey.freebsd`` in the run directory, for programs built on FreeBSD's headers."""
     rekey_grace: int = _within(2, 0, 60)
     """Seconds that an SA which key management deletes after a rekey goes on receiving what is on its way."""
+    natt_keepalive: int = _within(20, 0, 3600)
+    """Seconds of silence after which an SA in UDP sends a NAT keepalive (RFC 3948 section 2.3); 0 sends none."""
     on_stop: str = _among("block", "block", "remove")
     """What a clean stop leaves: ``block`` keeps protected traffic blocked, ``remove`` lets it pass in clear."""
 

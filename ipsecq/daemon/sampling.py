@@ -138,7 +138,7 @@ class Sampler:
     def _sample(self, sa: SecurityAssociation) -> SaSample:
         words = self._authority.usage_words(sa)
         shown = words.tolist() if words is not None else [0] * int(Slot.WINDOW)
-        return SaSample(sa, shown, "out" if self._is_local(sa.src) else "in", sa.key in self._authority.problems)
+        return SaSample(sa, shown, "out" if self.is_local(sa.src) else "in", sa.key in self._authority.problems)
 
     def _show_sa(self, sa: SecurityAssociation) -> dict[str, Any]:
         sample = self._sample(sa)
@@ -171,7 +171,7 @@ class Sampler:
             "problem": self._authority.problems.get(sa.key, ""),
         }
 
-    def _is_local(self, address: bytes) -> bool:
+    def is_local(self, address: bytes) -> bool:
         """True when ``address`` is ours: asked of the kernel, and remembered for a while."""
         now = time.monotonic()
         known = self._local.get(address)

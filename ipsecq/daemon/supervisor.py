@@ -29,6 +29,7 @@ from ipsecq.daemon.keys import KeyService
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.log import LOGGER, configure
 from ipsecq.daemon.messages import Operation, WorkerSetup
+from ipsecq.daemon.nat import NatPeers
 from ipsecq.daemon.notify import Notifier
 from ipsecq.daemon.pool import WorkerHandle, WorkerPool
 from ipsecq.daemon.requests import Requests
@@ -37,6 +38,7 @@ from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.datapath import enc0
+from ipsecq.datapath.output import RawOutput
 from ipsecq.errors import DaemonError, IpsecqError, NetfilterError, StateError
 from ipsecq.metrics.server import MetricsServer
 from ipsecq.netfilter.capabilities import detect
@@ -140,6 +142,9 @@ class Supervisor:
             self.authority, self.pool, self.loader, self.history,
             sa_limit=config.metrics.sa_limit, bypass=config.nftables.queue_bypass,
         )  # fmt: skip
+        output = RawOutput(self.loader.settings.mark_done)
+        stack.callback(output.close)
+        self.nat = NatPeers(self.authority, output, self.sampler.is_local, config.daemon.natt_keepalive)
         self.requests = Requests(self)
         control = ControlServer(config.control_socket, config.daemon.group, self.requests.handle)
         await control.start()
@@ -245,6 +250,7 @@ class Supervisor:
             self._expire(part)
             self._expire_rest()
             self.keys.tick()
+            self.nat.keep_alive(time.time())
             if self._repair_due:
                 self._repair_due = False
                 await self._repair()
@@ -375,7 +381,10 @@ class Supervisor:
                 if key in self.authority.sad:
                     self._expire([self.authority.sad.get(*key)])
             elif kind == "moved":
-                self.keys.moved(_reported_key(report), bytes.fromhex(report["src"]), int(report["sport"]))
+                key, address, port = _reported_key(report), bytes.fromhex(report["src"]), int(report["sport"])
+                self.keys.moved(key, address, port)
+                if self.nat.follow(key, address, port):
+                    self.spawn(self.publish())
         except (KeyError, TypeError, ValueError):
             log.warning("worker %d said something that makes no sense; ignored", worker.index)
 
