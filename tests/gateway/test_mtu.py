@@ -29,7 +29,10 @@ def test_tcp_and_udp_cross_a_wire_of_any_mtu(make_world, mtu, router):
                 assert transfer.longest_pause < 3
             echoes = udp_echo(one.host, two.host, two.host_address(version), [1, 500, 1400, 3000, 9000, 1400, 9000])
             assert echoes.damaged == []
-            assert len(echoes.lost) <= 2  # those that taught a sender
+            # A datagram may be what teaches a sender the MTU (one at each host); sent again, each arrives.
+            assert len(echoes.lost) <= 3
+            again = udp_echo(one.host, two.host, two.host_address(version), echoes.lost, timeout=5)
+            assert again.returned == echoes.lost
         wire.settle()
     assert in_clear(wire.frames(), one.lan4, two.lan4, one.lan6, two.lan6) == []
 

@@ -46,10 +46,11 @@ def test_udp_of_every_kind_of_size_arrives(tunnel_net, version):
     sizes = [*range(1, 40), *range(1360, 1475), 1500, 2000, 2800, 4000, 8000, 8972, 12000, 16000, 20000]
     with Capture(tunnel_net.network.router, "left") as wire:
         echoes = udp_echo(one.host, two.host, two.host_address(version), sizes)
+        assert echoes.damaged == []
+        # A datagram that is too long may be what teaches a sender the tunnel's MTU; sent again, it arrives.
+        assert len(echoes.lost) <= 2
+        assert udp_echo(one.host, two.host, two.host_address(version), echoes.lost).returned == echoes.lost
         wire.settle()
-    # The first datagram that is too long may be what teaches the sender the tunnel's MTU.
-    assert echoes.damaged == []
-    assert len(echoes.lost) <= 1
     frames = wire.frames()
     assert not wire.contains(MARKER)
     assert in_clear(frames, *lans(tunnel_net)) == []
