@@ -184,7 +184,8 @@ def _ruleset(settings: NetfilterSettings, can: Capabilities) -> Iterator[Finding
         yield Finding(Grade.WARN, "ruleset", f"nft cannot list the ruleset: {error}")
         return
     chains = [entry["chain"] for entry in entries if "hook" in entry.get("chain", {})]
-    foreign = [chain for chain in chains if chain["table"] != settings.table]
+    ours = {settings.table, f"{settings.table}_sentinel"}
+    foreign = [chain for chain in chains if chain["table"] not in ours]
     for chain in foreign:
         name = f"{chain['family']} {chain['table']} {chain['name']}"
         hook, priority = chain["hook"], chain["prio"]
