@@ -97,6 +97,8 @@ class Cell:
     """ESP in UDP, port 4500 at both ends."""
     align: int = 4
     """AH over IPv4 is filled up to this: 4 is the RFC's (the kernel's ``align4``), 8 the kernel's without it."""
+    spi: int = 0x2000
+    """The first SPI of the cell."""
     first: int = 0
     """The last sequence number that both ends count as used."""
     keys: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = field(default=(), compare=False, repr=False)
@@ -122,7 +124,7 @@ class Cell:
             mode = self.mode if place == 0 else "transport"
             for way, (src, dst) in enumerate(((ends.near_outer, ends.far_outer), (ends.far_outer, ends.near_outer))):
                 number = 2 * place + way
-                yield number, 0x2000 + number, src, dst, suite, mode, self.keys[place][way]
+                yield number, self.spi + number, src, dst, suite, mode, self.keys[place][way]
 
 
 def setkey(cell: Cell, ends: Ends) -> str:
