@@ -240,14 +240,14 @@ def matching(prefix: str) -> list[str]:
     """
     names = [name for name in VARIABLES if name == prefix or name.startswith(prefix + ".")]
     if not names:
-        raise SysctlError(f"unknown oid '{prefix}'")
+        raise SysctlError(f"unknown oid {prefix!r}")
     return names
 
 
 def _variable(name: str) -> Variable:
     variable = VARIABLES.get(name)
     if variable is None:
-        raise SysctlError(f"unknown oid '{name}'")
+        raise SysctlError(f"unknown oid {name!r}")
     return variable
 
 

@@ -283,7 +283,7 @@ class _Checker:
         for path, value in _leaves(table, ("sysctl",)):
             name = ".".join(path[1:])
             if name not in VARIABLES:
-                raise self.error(path, f"unknown oid '{name}'; see ipsecq sysctl -a")
+                raise self.error(path, f"unknown oid {name!r}; see ipsecq sysctl -a")
             if type(value) is not int:
                 raise self.error(path, f"{name}: expected an integer, found {_toml(value)}", value=True)
             try:

@@ -228,8 +228,10 @@ def engine_round_trip(data: bytes) -> None:
     if len(emit.inner) > 1:
         return
     (arrived,) = emit.inner
-    if not tunnel and view.protocol in (IPPROTO_IPV4, IPPROTO_IPV6):
-        return  # an SA of mode any takes an IP packet inside for a tunnel, as in BSD
+    if view.protocol in (IPPROTO_IPV4, IPPROTO_IPV6) and (not tunnel or number == 5):
+        # An SA of mode any takes an IP packet inside for a tunnel, as in BSD; and IP in IP between the ends of an IPComp
+        # tunnel is what the tunnel did not compress.
+        return
     if tunnel:
         assert arrived == bytes(packet[: view.length])
     else:

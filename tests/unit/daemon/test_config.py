@@ -81,6 +81,7 @@ def test_workers_default_to_the_processors():
         ("[metrics]\nlisten = 'here'\n", "2:10:", "address:port"),
         ("[metrics]\nlisten = '::1:99'\n", "2:10:", "[address]:port"),
         ('[sysctl]\n"net.inet.ipsec.dfbits" = 1\n', "2:1:", "unknown oid 'net.inet.ipsec.dfbits'"),
+        ('[sysctl]\n"a\\fb" = 1\n', "", r"unknown oid 'a\x0cb'"),  # a message is one line, whatever the name
         ("[sysctl]\nnet.inet.ipsec.dfbit = 3\n", "2:24:", "Invalid argument (use 0 to 2)"),
         ('[sysctl]\n"net.inet.ipsec.dfbit" = "1"\n', "2:26:", "expected an integer"),
         ("[daemon]\nworkers = = 1\n", "2:11:", "Invalid value"),
