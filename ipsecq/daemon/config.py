@@ -298,8 +298,9 @@ class _Checker:
         marks = (config.nftables.mark_done, config.nftables.mark_stolen)
         if any(mark & (mark - 1) for mark in marks) or marks[0] == marks[1]:
             raise self.error(("nftables", "mark_stolen"), "mark_done, mark_stolen: expected two different single bits")
-        if config.daemon.queue_base + config.workers > 65536:
-            raise self.error(("daemon", "queue_base"), f"{config.workers} queues from here on pass 65535", value=True)
+        queues = config.workers * (2 if config.offload.gso else 1)
+        if config.daemon.queue_base + queues > 65536:
+            raise self.error(("daemon", "queue_base"), f"{queues} queues from here on pass 65535", value=True)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", config.nftables.table):
             raise self.error(("nftables", "table"), "table: expected a name of letters, digits and _", value=True)
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", config.nftables.enc_device):

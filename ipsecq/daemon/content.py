@@ -54,6 +54,7 @@ def check_reload(old: Config, new: Config) -> None:
         ("[daemon] rekey_grace", old.daemon.rekey_grace, new.daemon.rekey_grace),
         ("[daemon] pfkey_freebsd", old.daemon.pfkey_freebsd, new.daemon.pfkey_freebsd),
         ("[nftables]", old.nftables, new.nftables),
+        ("[offload]", old.offload, new.offload),
         ("[metrics]", old.metrics, new.metrics),
     )
     for name, before, after in fixed:

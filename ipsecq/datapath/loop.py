@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
 from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
@@ -29,6 +30,9 @@ log: Final = logging.getLogger(__name__)
 
 TICK: Final = 0.25
 """Longest sleep in seconds: the heartbeat beats at least twice a second, whatever the traffic."""
+
+BURST: Final = 64
+"""Datagrams made of super-packets that are sent before the batch is finished."""
 
 EARLY_PACKETS: Final = 512
 """Packets kept for one SA that key management is about to make."""
@@ -53,6 +57,13 @@ class Engine(Protocol):
         """The fate of one whole IP datagram: a Fate, or the Counter of a drop that the engine has counted."""
 
 
+class OutboundEngine(Engine, Protocol):
+    """The outbound direction, which takes TCP super-packets, too."""
+
+    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
+        """The fate of a super-packet whose segments have ``size`` octets of data; -1: they must come one by one."""
+
+
 class WorkerLoop:
     """Everything that one worker does with packets.  One thread, one network namespace; no method is thread-safe.
 
@@ -65,7 +76,7 @@ class WorkerLoop:
         queue: Queue,
         output: RawOutput,
         enc0: Enc0 | None,
-        engine_out: Engine,
+        engine_out: OutboundEngine,
         engine_in: Engine,
         counters: MutableSequence[int],
         *,
@@ -76,15 +87,14 @@ class WorkerLoop:
         on_control: Callable[[], None] | None = None,
         on_events: Callable[[list[Event]], None] | None = None,
         holder: Holder | None = None,
-        segmenter: Callable[[memoryview], list[bytes]] | None = None,
         plain_queue: Queue | None = None,
     ) -> None:
         """Join the parts.
 
         ``mark_stolen`` marks originals that egress has to drop.  ``on_control()`` is called when ``control_fd`` is
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
-        ``segmenter(packet) -> packets`` cuts a super-packet into whole packets, or says ``[]`` when only the kernel
-        can: then it goes through ``plain_queue``, a queue without GSO that is served here too, or is dropped (None).
+        ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
+        we cannot; without one they are dropped.
         """
         self._output, self._enc0 = output, enc0
         self._engine_out, self._engine_in = engine_out, engine_in
@@ -96,7 +106,8 @@ class WorkerLoop:
         self._holder = holder or Holder()
         self._early = Holder(EARLY_PACKETS, 2 * EARLY_PACKETS, EARLY_SECONDS)
         """What the peer sent through an SA that is not here yet."""
-        self._segmenter, self._plain_queue = segmenter, plain_queue
+        self._plain_queue = plain_queue
+        self._sizes = SegmentSizes()
         self._emit = Emissions()
         self._stopping = False
         self._identification = 0
@@ -159,7 +170,17 @@ class WorkerLoop:
     # -- a batch ---------------------------------------------------------------------------------------------
 
     def step(self, queue: Queue) -> int:
-        """Read one batch and finish it; returns the number of packets."""
+        """Read one batch and finish it, and what of it went to the plain queue; returns the number of packets."""
+        count = self._step(queue)
+        plain = self._plain_queue
+        if plain is not None and self._sizes.diverted:
+            # The verdicts are given, so all of it is there by now; nothing else of its flows may come before it.
+            while more := self._step(plain):
+                count += more
+            self._sizes.drained()
+        return count
+
+    def _step(self, queue: Queue) -> int:
         start = time.perf_counter_ns()
         self._active = queue
         packets = queue.read()
@@ -171,13 +192,19 @@ class WorkerLoop:
         emit = self._emit
         outbound, inbound = self._engine_out.process, self._engine_in.process
         add_verdict, stolen = queue.add_verdict, self._mark_stolen
+        diverted = self._sizes.diverted if queue is not self._plain_queue else None
+        if diverted is None:
+            for segment in packets:
+                self._sizes.learn(segment[4], now)
         done = 0
         while done < count:
             # One try around many packets; an exception costs its packet and starts the loop again behind it.
             try:
                 for done in range(done, count):  # noqa: B020 (goes on where the last exception was)
                     cookie, hook, mark, info, packet = packets[done]
-                    if info & _UNFINISHED:
+                    if diverted and hook >= _FORWARD and flow_of(packet) in diverted:
+                        self._divert(cookie, packet, whole=bool(info & NFQA_SKB_GSO))
+                    elif info & _UNFINISHED:
                         self._unfinished(cookie, hook, mark, info, packet, now)
                     elif hook >= _FORWARD:
                         fate = outbound(packet, now, emit)
@@ -226,35 +253,43 @@ class WorkerLoop:
 
     def _unfinished(self, cookie: int, hook: int, mark: int, info: int, packet: memoryview, now: float) -> None:
         """A packet that counts on a device's offloads: a super-packet, or one whose checksum is not filled in."""
-        if not info & NFQA_SKB_GSO:
-            pieces = [complete(packet)]
-        else:
-            self._counters[Counter.SUPER_PACKETS] += 1
-            pieces = self._segmenter(packet) if self._segmenter is not None else []
-            if not pieces:
-                self._cannot_segment(cookie)
-                return
-        emit = self._emit
-        if hook < _FORWARD:
-            fates = [self._engine_in.process(piece, now, emit) for piece in pieces]
-            self._active.add_verdict(cookie, NF_DROP if any(fates) else NF_ACCEPT)
+        if info & NFQA_SKB_GSO:
+            self._super(cookie, hook, mark, packet, now)
             return
-        fates = []
-        for piece in pieces:
-            fate = self._engine_out.process(piece, now, emit)
-            if fate == Fate.HOLD:
-                self._hold(piece, now)
-            fates.append(fate)
-        # Segments of one flow have one fate, but an SA can expire between two: what has left must not leave twice.
-        if all(fate == Fate.PASS for fate in fates):
-            self._active.add_verdict(cookie, NF_ACCEPT)
-        elif all(fate >= FIRST_DROP for fate in fates):
-            self._active.add_verdict(cookie, NF_DROP)
-        else:
+        whole = complete(packet)
+        if hook < _FORWARD:
+            fate = self._engine_in.process(whole, now, self._emit)
+            self._active.add_verdict(cookie, NF_DROP if fate else NF_ACCEPT)
+            return
+        fate = self._engine_out.process(whole, now, self._emit)
+        if fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+        else:
+            self._outbound_rest(fate, cookie, mark, whole, now)
 
-    def _cannot_segment(self, cookie: int) -> None:
+    def _super(self, cookie: int, hook: int, mark: int, packet: memoryview, now: float) -> None:
+        """A super-packet: sealed in one go where its segments' size is known, else cut by the kernel."""
+        self._counters[Counter.SUPER_PACKETS] += 1
+        fate = -1
+        if hook >= _FORWARD:
+            size = self._sizes.size_of(packet, flow_of(packet), now)
+            if size:
+                fate = self._engine_out.process_super(packet, size, now, self._emit)
+        if fate < 0:
+            self._divert(cookie, packet, whole=True)
+        elif fate == Fate.DONE:
+            self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+            if len(self._emit.wire) >= BURST:
+                # The far end has a queue, too, and the sooner it starts the better.
+                self._active.flush()
+                self._send()
+        else:
+            self._outbound_rest(fate, cookie, mark, packet, now)
+
+    def _divert(self, cookie: int, packet: memoryview, *, whole: bool) -> None:
+        """Give a packet to the plain queue, if there is one."""
         if self._plain_queue is not None:
+            self._sizes.divert(packet, flow_of(packet), whole=whole)
             self._active.add_requeue(cookie, self._plain_queue.number)
         else:
             self._counters[Counter.OVERLOAD] += 1

@@ -37,10 +37,21 @@ class Account:
         self._soft_packets = sa.soft.allocations or _NEVER
         self._soft_bytes = sa.soft.bytes or _NEVER
 
-    def charge(self, octets: int, now: float, emit: Emissions) -> bool:
-        """Count one packet of ``octets``.  False: the SA is past a hard limit and must not carry it."""
+    def allows(self, octets: int, count: int, now: float) -> bool:
+        """Whether no hard limit stands in the way of ``count`` packets of together ``octets``; nothing is changed."""
         words, base = self._words, self._base
-        packets = words[base + _PACKETS] + 1
+        first = words[base + _FIRST_USE]
+        return (
+            words[base + _PACKETS] + count <= self._hard_packets
+            and words[base + _BYTES] + octets <= self._hard_bytes
+            and now < self._hard_time
+            and (not first or now - first < self._hard_use)
+        )
+
+    def charge(self, octets: int, now: float, emit: Emissions, count: int = 1) -> bool:
+        """Count ``count`` packets of together ``octets``.  False: the SA is past a hard limit and must not carry them."""
+        words, base = self._words, self._base
+        packets = words[base + _PACKETS] + count
         total = words[base + _BYTES] + octets
         first = words[base + _FIRST_USE]
         if not first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.outbound_sa import OutboundStep
 from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView
 
 MAX_TRANSFORMS = 4
@@ -38,6 +39,27 @@ class Bundle:
             self.view.load(result)
             result = step.apply(result, self.view, now, emit)
         return result
+
+    def apply_run(
+        self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
+    ) -> tuple[list[bytes], int]:
+        """The finished datagrams of a super-packet's segments of ``size`` octets of data, in order, and 0.
+
+        Or those up to the first drop, and its Counter.
+        """
+        if self.single:
+            run = self.first.apply_run(packet, view, size, now, emit)
+            if run is not None:
+                return run, 0
+        finished: list[bytes] = []
+        piece = PacketView()
+        for segment in split(packet, size, view):
+            piece.load(segment)
+            result = self.apply(segment, piece, now, emit)
+            if isinstance(result, int):
+                return finished, result
+            finished.append(result)
+        return finished, 0
 
     def sealed_length(self, length: int, header: int) -> int:
         """Octets of the finished datagram for a packet of ``length`` whose IP header has ``header`` octets.

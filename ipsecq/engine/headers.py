@@ -8,6 +8,9 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import update
@@ -65,6 +68,24 @@ class OuterHeader:
         return _IPV4.pack(
             0x45, tos, length, identification, df, TUNNEL_TTL, self._protocol, checksum, self._src, self._dst
         )
+
+    def build_run(
+        self, count: int, payload: int, last: int, tos: int, inner_df: bool, flow_label: int, first: int, room: int
+    ) -> npt.NDArray[np.uint8]:
+        """The headers of ``count`` datagrams as rows, with ``room`` octets behind each header for the caller.
+
+        ``payload`` octets are behind each header, ``last`` behind that of the last; sequence numbers count from ``first``.
+        """
+        rows: npt.NDArray[np.uint8] = np.empty((count, self.length + room), np.uint8)
+        rows[:, : self.length] = np.frombuffer(self.build(payload, tos, inner_df, flow_label, first), np.uint8)
+        if self.version == 4:
+            numbers = (np.arange(count) + (self._identification + first)) & 0xFFFF
+            rest = self._base + (tos & self._tos_mask) + payload + 20 + (int(rows[0, 6]) << 8)
+            rows[:, 4:6] = numbers.astype(">u2").view(np.uint8).reshape(count, 2)
+            rows[:, 10:12] = (-(numbers + rest % 65535) % 65535).astype(">u2").view(np.uint8).reshape(count, 2)
+        final = self.build(last, tos, inner_df, flow_label, first + count - 1)
+        rows[-1, : self.length] = np.frombuffer(final, np.uint8)
+        return rows
 
 
 def decapsulated_ecn(inner: int, outer: int) -> int:

@@ -111,6 +111,46 @@ class Outbound:
             counters[Counter.OUT_PASSED] += 1
         return fate
 
+    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
+        """The fate of a TCP super-packet whose segments have ``size`` octets of data: one decision for all of them.
+
+        ``PASS`` leaves it whole.  -1: not decided and nothing counted, its segments must come one by one; so it is
+        where they would be too long for the tunnel (each sender's packet has its own answer), or wait for an SA.
+        """
+        view = self._view
+        if not view.load(packet) or view.protocol != IPPROTO_TCP or view.length < view.offset + 20:
+            return -1
+        if self._generation != self._tables.generation():
+            self._forget()
+        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, False))
+        if decision is None:
+            return -1
+        counters = self._counters
+        header = view.offset + (packet[view.offset + 12] >> 4 << 2)
+        data = view.length - header
+        if data <= size:
+            return -1
+        count = -(-data // size)
+        if isinstance(decision, int):
+            fate = decision
+        else:
+            if decision.sealed_length(header + size, view.header_length) > self._mtu_of(decision.dst):
+                return -1
+            finished, fate = decision.apply_run(packet, view, size, now, emit)
+            emit.wire.extend(finished)
+            if finished:
+                if fate:
+                    counters[fate] += count - len(finished)
+                fate = _DONE
+        counters[_OUT_PACKETS] += count
+        counters[_OUT_BYTES] += view.length + (count - 1) * header
+        counters[_FLOW_HIT] += count
+        if fate >= FIRST_DROP:
+            counters[fate] += count
+        elif fate == _PASS:
+            counters[Counter.OUT_PASSED] += count
+        return fate
+
     # -- the decision: once a flow ---------------------------------------------------------------------
 
     def _forget(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,38 @@ def split(packet: Buffer, mss: int, view: PacketView | None = None) -> list[byte
         view = PacketView()
         if not view.load(packet):
             return []
+    laid = lay_out(packet, view, mss)
+    if laid is None:
+        return [checksum.complete(packet, view)]
+    rows, count, size, last = laid
+    width = rows.shape[1]
+    whole = rows.tobytes()
+    segments = [whole[start : start + size] for start in range(0, (count - 1) * width, width)]
+    segments.append(whole[(count - 1) * width : (count - 1) * width + last])
+    return segments
+
+
+class Segments(NamedTuple):
+    """Segments as rows of an array; what follows them in their rows is zero."""
+
+    rows: npt.NDArray[np.uint8]
+    number: int
+    size: int
+    """Octets of each segment but the last."""
+    last: int
+    """Octets of the last one."""
+
+
+def lay_out(packet: Buffer, view: PacketView, mss: int, room: int = 0) -> Segments | None:
+    """The segments of :func:`split` in one array, with ``room`` octets or more behind each for the caller's use.
+
+    None for a packet that comes back alone.
+    """
     header = _header_length(packet, view)
     data = view.length - header
     if not header or mss <= 0 or data <= mss:
-        return [checksum.complete(packet, view)]
-    return _rows(packet, view, header, data, mss)
+        return None
+    return _rows(packet, view, header, data, mss, room)
 
 
 def _header_length(packet: Buffer, view: PacketView) -> int:
@@ -64,14 +91,16 @@ def _header_length(packet: Buffer, view: PacketView) -> int:
     return 0
 
 
-def _rows(packet: Buffer, view: PacketView, header: int, data: int, mss: int) -> list[bytes]:
+def _rows(packet: Buffer, view: PacketView, header: int, data: int, mss: int, room: int) -> Segments:
     offset = view.offset
     count = -(-data // mss)
     last = data - (count - 1) * mss
     size = header + mss
     # Headers are multiples of four octets, so rows padded to such a multiple are whole 32-bit words.
-    width = header + (mss + 3 & ~3)
-    rows: npt.NDArray[np.uint8] = np.zeros((count, width), np.uint8)
+    width = header + (mss + room + 3 & ~3)
+    rows: npt.NDArray[np.uint8] = np.empty((count, width), np.uint8)
+    rows[:, size:] = 0
+    rows[-1, header + last :] = 0
     rows[:, :header] = np.frombuffer(packet, np.uint8, header)
     octets = np.frombuffer(packet, np.uint8, data, header)
     full = (count - 1) * mss
@@ -106,11 +135,7 @@ def _rows(packet: Buffer, view: PacketView, header: int, data: int, mss: int) ->
     if view.protocol == UDP:
         values[values == 0] = 0xFFFF
     rows.view(np.uint16)[:, field >> 1] = values
-
-    whole = rows.tobytes()
-    segments = [whole[start : start + size] for start in range(0, (count - 1) * width, width)]
-    segments.append(whole[(count - 1) * width : (count - 1) * width + header + last])
-    return segments
+    return Segments(rows, count, size, header + last)
 
 
 def _sequence(packet: Buffer, offset: int) -> int:

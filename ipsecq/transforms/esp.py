@@ -66,6 +66,13 @@ class EspTransform:
             _PAD[:pad] + bytes((pad,)) for pad in (-(length + 2) % self._align for length in range(self._align))
         ]
 
+    MAX_TRAILER: Final = 18
+    """Octets of padding, pad length and next header at most, with blocks of 16 octets."""
+
+    def trailer(self, payload_length: int, next_header: int) -> bytes:
+        """Padding, pad length and next header behind a payload of this many octets (TFC padding left out)."""
+        return self._trailers[payload_length % self._align] + _OCTET[next_header]
+
     def sealed_length(self, payload_length: int) -> int:
         """Octets from SPI to ICV for a payload of this many octets."""
         padded = payload_length if payload_length > self.tfc_pad else self.tfc_pad

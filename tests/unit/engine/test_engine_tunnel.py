@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from engine_peers import Peer, address, make_peer, policy, udp
 from ipsecq.counters import Counter, Fate
 from ipsecq.engine.emit import Acquire, Expired
 from ipsecq.numbers import Mode, Protocol
+from ipsecq.packet import ipv4, ipv6
 from ipsecq.packet.fragments import Reassembler
+from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView
-from ipsecq.sa.association import Lifetime, SecurityAssociation
+from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
 from ipsecq.secret import Key
 
 A, B = "192.0.2.1", "192.0.2.2"
@@ -272,3 +275,54 @@ def test_truncated_packets_never_raise(size: int) -> None:
     for peer in (left, right):
         assert peer.receive(wire[0][:size])[0] == Counter.IP_MALFORMED
         assert peer.send(wire[0][:size])[0] == Counter.IP_MALFORMED
+
+
+def tcp_super(src: str, dst: str, data: int) -> bytes:
+    """A TCP packet as a device with segmentation offload gets it."""
+    segment = bytes.fromhex("9c4013890000ff00000000005018040000000000") + random.Random(data).randbytes(data)
+    s, d = address(src), address(dst)
+    header = ipv4.header if len(s) == 4 else ipv6.header
+    return header(s, d, 6, len(segment)) + segment
+
+
+@pytest.mark.parametrize(("lan_a", "lan_b", "a", "b", "src", "dst"), PAIRS)
+@pytest.mark.parametrize("natt", [None, NatTraversal()], ids=["esp", "udp"])
+@pytest.mark.parametrize("esn", [False, True], ids=["32", "esn"])
+def test_a_super_packet_becomes_what_its_segments_would_have_become(
+    lan_a: str, lan_b: str, a: str, b: str, src: str, dst: str, natt: NatTraversal | None, esn: bool
+) -> None:
+    whole, single = (tunnel(lan_a, lan_b, a, b, natt=natt, esn=esn)[0] for _ in range(2))
+    _, right = tunnel(lan_a, lan_b, a, b, natt=natt, esn=esn)
+    packet = tcp_super(src, dst, 9999)
+    first = split(packet, 1200)[0]
+    for left in (whole, single):
+        assert left.send(first)[0] == Fate.DONE
+        left.emit.clear()
+    assert whole.outbound.process_super(packet, 1200, 1000.0, whole.emit) == Fate.DONE
+    expected = [single.send(segment)[1][0] for segment in split(packet, 1200)]
+    assert whole.emit.wire == expected
+    assert [right.receive(datagram) for datagram in whole.emit.wire] == [
+        (Fate.DONE, [segment]) for segment in split(packet, 1200)
+    ]
+    for counter in (Counter.OUT_PACKETS, Counter.OUT_BYTES, Counter.ESP_OUTPUT, Counter.ESP_OBYTES, Counter.ESP_TUNNEL):
+        assert whole.count(counter) == single.count(counter)
+
+
+def test_a_super_packet_is_not_decided_where_its_segments_would_not_fit_the_tunnel() -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, mtu=1300)
+    packet = tcp_super("10.1.0.2", "10.2.0.2", 5000)
+    left.send(split(packet, 1000)[0])
+    left.emit.clear()
+    assert left.outbound.process_super(packet, 1260, 1000.0, left.emit) == -1
+    assert left.emit.wire == []
+    assert left.count(Counter.OUT_PACKETS) == 1
+
+
+def test_a_hard_limit_lets_the_segments_before_it_pass() -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, hard=Lifetime(allocations=4))
+    packet = tcp_super("10.1.0.2", "10.2.0.2", 5000)
+    left.send(split(packet, 1000)[0])
+    left.emit.clear()
+    assert left.outbound.process_super(packet, 1000, 1000.0, left.emit) == Fate.DONE
+    assert len(left.emit.wire) == 3
+    assert left.count(Counter.ESP_EXPIRED) == 2
