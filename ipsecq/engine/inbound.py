@@ -161,7 +161,7 @@ class Inbound:
                 protocol, encapsulated = _ESP, view.sport
             elif protocol in {_AH, _IPCOMP}:
                 offset, encapsulated = view.offset, 0
-            elif protocol in {IPPROTO_IPV4, IPPROTO_IPV6} and not fresh and (
+            elif protocol in {IPPROTO_IPV4, IPPROTO_IPV6} and (
                 plain := self._compressed_tunnel(view.src, view.dst)
             ):
                 opened = (

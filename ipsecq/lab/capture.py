@@ -154,10 +154,13 @@ class Capture:
     ) -> None:
         stop(self._process)
 
-    def settle(self, quiet: float = 0.2) -> None:
-        """Wait until the file has stopped growing: everything sent so far is in it."""
-        size = -1
-        while size != (size := self._flushed()):
+    def settle(self, quiet: float = 0.2, limit: float = 5.0) -> None:
+        """Wait until the file has stopped growing: everything sent so far is in it.
+
+        Traffic that never pauses is waited for no longer than ``limit`` seconds, far more than tcpdump is ever late.
+        """
+        size, end = -1, time.monotonic() + limit
+        while size != (size := self._flushed()) and time.monotonic() < end:
             time.sleep(quiet + 1.0 * self._bulk)
 
     def _flushed(self) -> int:
