@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ipsecq.counters import Counter
-from ipsecq.daemon import blocked, privileges
 from ipsecq.daemon import content as files
+from ipsecq.daemon import privileges
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
@@ -33,18 +33,16 @@ from ipsecq.daemon.nat import NatPeers
 from ipsecq.daemon.notify import Notifier
 from ipsecq.daemon.pool import WorkerHandle, WorkerPool
 from ipsecq.daemon.requests import Requests
+from ipsecq.daemon.ruleset import Ruleset
 from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.datapath import enc0
 from ipsecq.datapath.output import RawOutput
-from ipsecq.errors import DaemonError, IpsecqError, NetfilterError, StateError
+from ipsecq.errors import DaemonError, IpsecqError, StateError
 from ipsecq.metrics.server import MetricsServer
-from ipsecq.netfilter.capabilities import detect
-from ipsecq.netfilter.links import LinkWatcher
-from ipsecq.netfilter.load import Loader
-from ipsecq.netfilter.sentinel import Sentinel
+from ipsecq.policy.model import Policy
 from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sysctl import Sysctl
 
@@ -77,13 +75,22 @@ class Supervisor:
         self._journal = journal
         self._notifier = Notifier()
         self._stop = asyncio.Event()
-        self._publishing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._from_files: set[SaKey] = set()
-        self._repair_due = False
         self._rules_due = False
         """The SPD or a knob has changed and nftables does not know yet."""
         self._last_problem = ""
+        self.ruleset = Ruleset(self.config, self.history, self._wanted, self.spawn, self._routes_changed)
+
+    def _wanted(self) -> tuple[list[Policy], Sysctl]:
+        """What the kernel's rules have to say: the authority's policies and knobs, before it is there the files'."""
+        if hasattr(self, "authority"):
+            return self.authority.spd.dump(), self.authority.sysctl
+        return self.content.spd.dump(), self.content.sysctl
+
+    def _routes_changed(self) -> None:
+        if hasattr(self, "pool"):
+            self.pool.broadcast([("routes_changed",)])
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +117,7 @@ class Supervisor:
         make_directory(config.run_dir, 0o755)
         make_directory(config.state_dir, 0o700)
         lock = stack.enter_context(RunLock(config.run_dir / "lock"))
-        await self._netfilter(stack)
+        await self.ruleset.start(stack)
         self.table = SharedTable.open(config.run_dir / "table", boot_identity())
         stack.callback(self.table.close)
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
@@ -139,10 +146,10 @@ class Supervisor:
         self.pool.start()
         await self.pool.settled(self.pool.generation)
         self.sampler = Sampler(
-            self.authority, self.pool, self.loader, self.history,
+            self.authority, self.pool, self.ruleset.loader, self.history,
             sa_limit=config.metrics.sa_limit, bypass=config.nftables.queue_bypass,
         )  # fmt: skip
-        output = RawOutput(self.loader.settings.mark_done)
+        output = RawOutput(self.ruleset.loader.settings.mark_done)
         stack.callback(output.close)
         self.nat = NatPeers(self.authority, output, self.sampler.is_local, config.daemon.natt_keepalive)
         self.requests = Requests(self)
@@ -158,13 +165,13 @@ class Supervisor:
         if config.metrics_address is not None:
             metrics = MetricsServer(*config.metrics_address, self.sampler)
             stack.callback(metrics.close)
-        await asyncio.to_thread(self.loader.open_queues)
+        await asyncio.to_thread(self.ruleset.loader.open_queues)
         # From here on the first thing to undo: nothing may pass while workers end.
-        stack.push_async_callback(self._close_rules)
+        stack.push_async_callback(self.ruleset.close)
         self._give_up_privileges()
         if metrics is not None:
             metrics.start()
-        self._save_blocked()
+        self.ruleset.save_blocked()
 
     def _give_up_privileges(self) -> None:
         """What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for two capabilities.
@@ -174,44 +181,6 @@ class Supervisor:
         self._helpers.shutdown()
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="helper"))
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_NET_RAW])
-
-    def _save_blocked(self) -> None:
-        """Leave rules for a boot in which the daemon does not come up."""
-        policies, sysctl = self.authority.spd.dump(), Sysctl(self.authority.sysctl.all())
-        directory, settings = self.config.state_dir, self.loader.settings
-        self.spawn(asyncio.to_thread(blocked.save, directory, policies, settings, sysctl))
-
-    async def _netfilter(self, stack: contextlib.AsyncExitStack) -> None:
-        """A ruleset that blocks what the policies protect, before anything else is there."""
-        can = await asyncio.to_thread(detect)
-        if can.mechanism is None:
-            missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
-            raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
-        settings = can.adapt(self.config.netfilter())
-        self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)
-        if not can.owner:
-            log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")
-        self.links = LinkWatcher()
-        stack.callback(self.links.close)
-        guarded = self._devices()
-        await asyncio.to_thread(self.loader.replace, self.content.spd.dump(), self.content.sysctl, guarded)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self.links.fileno(), self._links_changed)
-        stack.callback(loop.remove_reader, self.links.fileno())
-        self._nft = self.loader.watch()
-        loop.add_reader(self._nft.socket.fileno(), self._ruleset_touched)
-        stack.callback(loop.remove_reader, self._nft.socket.fileno())
-
-    async def _close_rules(self) -> None:
-        """Block, or by ``on_stop`` take the tables away."""
-        async with self._publishing:
-            try:
-                if self.config.daemon.on_stop == "remove":
-                    await asyncio.to_thread(self.loader.remove)
-                else:
-                    await asyncio.to_thread(self.loader.block)
-            except NetfilterError as error:
-                log.error("stop: %s", error)  # queues without a listener drop, so nothing passes
 
     def _settle(self) -> None:
         """No worker lives: write the exact next sequence numbers."""
@@ -229,7 +198,7 @@ class Supervisor:
         authority = self.authority
         text = (
             f"{len(authority.sad)} SAs, {len(authority.spd)} policies, {self.config.workers} workers, "
-            f"queues by {self.loader.mechanism}"
+            f"queues by {self.ruleset.loader.mechanism}"
         )
         if self.config.nftables.queue_bypass or any(policy.fail_open for policy in authority.spd):
             text += "; FAIL OPEN is on"
@@ -251,9 +220,7 @@ class Supervisor:
             self._expire_rest()
             self.keys.tick()
             self.nat.keep_alive(time.time())
-            if self._repair_due:
-                self._repair_due = False
-                await self._repair()
+            await self.ruleset.repair()
 
     def _top_up(self, slot: int) -> None:
         try:
@@ -302,7 +269,7 @@ class Supervisor:
 
     async def publish(self) -> None:
         """Bring what changed to all workers, then to nftables.  Raises DaemonError, NetfilterError."""
-        async with self._publishing:
+        async with self.ruleset.busy:
             while batch := self.authority.take():
                 self._rules_due = self._rules_due or any(operation[0] in _RULES for operation in batch.operations)
                 generation = self.pool.broadcast(batch.operations)
@@ -313,7 +280,7 @@ class Supervisor:
                     raise
                 self.authority.done(batch)
             if self._rules_due:
-                await asyncio.to_thread(self.loader.update, self.authority.spd.dump(), self.authority.sysctl)
+                await self.ruleset.update()
                 self._rules_due = False
 
     async def reload(self) -> str:
@@ -343,7 +310,7 @@ class Supervisor:
         """Take over what files say, down to the kernel's rules."""
         self.authority.become(content.sad, content.spd, content.config.sysctl, was=was)
         await self.publish()
-        self._save_blocked()
+        self.ruleset.save_blocked()
 
     async def _reload_by_signal(self) -> None:
         self._notifier.reloading()
@@ -356,7 +323,7 @@ class Supervisor:
     # -- workers -----------------------------------------------------------------------------------------------------
 
     def _first_state(self, index: int) -> list[Operation]:
-        settings = self.loader.settings
+        settings = self.ruleset.loader.settings
         setup = WorkerSetup(
             settings.queue_base + index,
             settings.queue_base + settings.workers + index if self.config.offload.gso else -1,
@@ -387,61 +354,6 @@ class Supervisor:
                     self.spawn(self.publish())
         except (KeyError, TypeError, ValueError):
             log.warning("worker %d said something that makes no sense; ignored", worker.index)
-
-    # -- the kernel's news -------------------------------------------------------------------------------------------
-
-    def _devices(self) -> dict[int, str]:
-        """Devices that need an egress chain: all but loopback and our own."""
-        return {
-            link.index: link.name
-            for link in self.links.links.values()
-            if not link.loopback and link.name != self.config.nftables.enc_device
-        }
-
-    def _links_changed(self) -> None:
-        events = self.links.read()
-        known = self.loader.guarded
-        fresh = {
-            event.link.index: event.link.name
-            for event in events
-            if not event.gone
-            and not event.link.loopback
-            and event.link.name != self.config.nftables.enc_device
-            and known.get(event.link.index) != event.link.name
-        }
-        gone = [event.link.index for event in events if event.gone and event.link.index in known]
-        if fresh or gone:
-            self.spawn(self._guard(fresh, gone))
-        if events and hasattr(self, "pool"):
-            self.pool.broadcast([("routes_changed",)])
-
-    async def _guard(self, fresh: dict[int, str], gone: list[int]) -> None:
-        async with self._publishing:
-            for index in gone:
-                await asyncio.to_thread(self.loader.forget, index)
-            if fresh:
-                for device in await asyncio.to_thread(self.loader.guard, fresh):
-                    log.warning("%s: no egress chain possible: protected traffic to it is dropped", device)
-
-    def _ruleset_touched(self) -> None:
-        """Somebody changed nf_tables, perhaps we: look at the next tick, or at once when ours are gone."""
-        self._nft.drain()
-        self._repair_due = True
-
-    async def _repair(self) -> None:
-        async with self._publishing:
-            if await asyncio.to_thread(self.loader.is_loaded):
-                return
-            log.error("our nftables tables were changed or removed by somebody else: loaded again")
-            self.history.ruleset_repairs += 1
-            try:
-                await asyncio.to_thread(
-                    self.loader.replace, self.authority.spd.dump(), self.authority.sysctl, self._devices()
-                )
-                await asyncio.to_thread(self.loader.open_queues)
-            except NetfilterError as error:
-                log.error("%s", error)
-                self._repair_due = True
 
     def total(self, counter: Counter) -> int:
         """One counter, summed over the workers."""

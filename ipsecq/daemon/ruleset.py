@@ -1,0 +1,147 @@
+"""The supervisor's hand on the kernel's rules: loaded blocked at the start, kept in step, repaired, guarded links.
+
+One lock (``busy``) orders everything that changes nf_tables: publishing a change, a link that comes, a repair, the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from ipsecq.daemon import blocked
+from ipsecq.daemon.config import Config
+from ipsecq.daemon.log import LOGGER
+from ipsecq.daemon.sampling import History
+from ipsecq.errors import DaemonError, NetfilterError
+from ipsecq.netfilter.capabilities import detect
+from ipsecq.netfilter.links import LinkWatcher
+from ipsecq.netfilter.load import Loader
+from ipsecq.netfilter.sentinel import Sentinel
+from ipsecq.policy.model import Policy
+from ipsecq.sysctl import Sysctl
+
+log: Final = logging.getLogger(f"{LOGGER}.ruleset")
+
+Wanted = Callable[[], tuple[list[Policy], Sysctl]]
+"""The policies and knobs that are in force now."""
+
+
+class Ruleset:
+    """Our tables, the devices that they guard, and who else touches nf_tables."""
+
+    def __init__(
+        self,
+        config: Config,
+        history: History,
+        wanted: Wanted,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        routes_changed: Callable[[], None],
+    ) -> None:
+        self.busy = asyncio.Lock()
+        self._config, self._history, self._wanted, self._spawn = config, history, wanted, spawn
+        self._routes_changed = routes_changed
+        self._repair_due = False
+
+    async def start(self, stack: contextlib.AsyncExitStack) -> None:
+        """A ruleset that blocks what the policies protect, before anything else is there.
+
+        Raises DaemonError where packets cannot be queued, NetfilterError when nft refuses.
+        """
+        can = await asyncio.to_thread(detect)
+        if can.mechanism is None:
+            missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
+            raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
+        settings = can.adapt(self._config.netfilter())
+        self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)
+        if not can.owner:
+            log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")
+        self.links = LinkWatcher()
+        stack.callback(self.links.close)
+        await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices())
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.links.fileno(), self._links_changed)
+        stack.callback(loop.remove_reader, self.links.fileno())
+        self._nft = self.loader.watch()
+        loop.add_reader(self._nft.socket.fileno(), self._touched)
+        stack.callback(loop.remove_reader, self._nft.socket.fileno())
+
+    async def close(self) -> None:
+        """Block, or by ``on_stop`` take the tables away."""
+        async with self.busy:
+            try:
+                if self._config.daemon.on_stop == "remove":
+                    await asyncio.to_thread(self.loader.remove)
+                else:
+                    await asyncio.to_thread(self.loader.block)
+            except NetfilterError as error:
+                log.error("stop: %s", error)  # queues without a listener drop, so nothing passes
+
+    def save_blocked(self) -> None:
+        """Leave rules for a boot in which the daemon does not come up."""
+        policies, sysctl = self._wanted()
+        directory: Path = self._config.state_dir
+        copy = Sysctl(sysctl.all())  # read in another thread
+        self._spawn(asyncio.to_thread(blocked.save, directory, policies, self.loader.settings, copy))
+
+    async def update(self) -> None:
+        """Follow the SPD and the knobs; the caller holds ``busy``."""
+        await asyncio.to_thread(self.loader.update, *self._wanted())
+
+    async def repair(self) -> None:
+        """When somebody touched nf_tables since the last call: load what is missing of ours."""
+        if not self._repair_due:
+            return
+        self._repair_due = False
+        async with self.busy:
+            if await asyncio.to_thread(self.loader.is_loaded):
+                return
+            log.error("our nftables tables were changed or removed by somebody else: loaded again")
+            self._history.ruleset_repairs += 1
+            try:
+                await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices())
+                await asyncio.to_thread(self.loader.open_queues)
+            except NetfilterError as error:
+                log.error("%s", error)
+                self._repair_due = True
+
+    def _touched(self) -> None:
+        """Somebody changed nf_tables, perhaps we: the next tick looks."""
+        self._nft.drain()
+        self._repair_due = True
+
+    def _devices(self) -> dict[int, str]:
+        """Devices that need an egress chain: all but loopback and our own."""
+        return {
+            link.index: link.name
+            for link in self.links.links.values()
+            if not link.loopback and link.name != self._config.nftables.enc_device
+        }
+
+    def _links_changed(self) -> None:
+        events = self.links.read()
+        known = self.loader.guarded
+        fresh = {
+            event.link.index: event.link.name
+            for event in events
+            if not event.gone
+            and not event.link.loopback
+            and event.link.name != self._config.nftables.enc_device
+            and known.get(event.link.index) != event.link.name
+        }
+        gone = [event.link.index for event in events if event.gone and event.link.index in known]
+        if fresh or gone:
+            self._spawn(self._guard(fresh, gone))
+        if events:
+            self._routes_changed()
+
+    async def _guard(self, fresh: dict[int, str], gone: list[int]) -> None:
+        async with self.busy:
+            for index in gone:
+                await asyncio.to_thread(self.loader.forget, index)
+            if fresh:
+                for device in await asyncio.to_thread(self.loader.guard, fresh):
+                    log.warning("%s: no egress chain possible: protected traffic to it is dropped", device)
