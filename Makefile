@@ -13,9 +13,9 @@ export PYTHON
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
-PACKAGES_TEST  := $(PACKAGES_LAB) systemd conntrack tshark user-mode-linux kmod
+PACKAGES_TEST  := $(PACKAGES_LAB) systemd groff-base conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check fuzz bench bench-keys bench-policy scenarios install uninstall clean
+.PHONY: help demo test check fuzz bench bench-keys bench-policy scenarios docs install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +63,12 @@ scenarios: ## write docs/scenarios.md from tests/scenarios
 	@.ci/need-packages $(PACKAGES_BUILD)
 	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python tests/helpers/scenario_docs.py
+
+docs: ## write the reference pages and the default ipsecq.toml from the program's own tables
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV)
+	@$(VENV)/bin/python -m ipsecq.cli.manual default ipsecq/daemon/ipsecq.toml
+	@$(VENV)/bin/python -m ipsecq.cli.manual docs docs
 
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)

@@ -67,9 +67,22 @@ def reload(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
     print(_ask(config, "reload"))
 
 
+def _variables(incomplete: str) -> list[str]:
+    from ipsecq.sysctl import VARIABLES  # noqa: PLC0415
+
+    return [name for name in VARIABLES if name.startswith(incomplete)]
+
+
 @app.command()
 def sysctl(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME[=VALUE]]...")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME[=VALUE]]...",
+            help="Names, or nodes of the tree such as net.inet.ipsec, to read; NAME=VALUE to set.",
+            autocompletion=_variables,
+        ),
+    ] = None,
     every: Annotated[bool, typer.Option("-a", help="All variables.")] = False,
     describe: Annotated[bool, typer.Option("-d", help="Their meaning instead of their values.")] = False,
     values_only: Annotated[bool, typer.Option("-n", help="Values without names.")] = False,

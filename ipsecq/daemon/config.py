@@ -1,7 +1,6 @@
 """The configuration file: TOML, checked key by key, every error with its place.
 
-Each dataclass below is one table of the file and each field one key; the field's type, its ``among`` and its ``within``
-say what is accepted.  The commented default file is ``ipsecq/daemon/ipsecq.toml``.
+The keys, what they accept and what they mean are in ``options``.
 """
 
 from __future__ import annotations
@@ -13,115 +12,31 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
+from ipsecq.daemon.options import (
+    SECTIONS,
+    DaemonConfig,
+    LogConfig,
+    MetricsConfig,
+    NftablesConfig,
+    OffloadConfig,
+)
 from ipsecq.errors import ConfigError, SysctlError
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.sysctl import VARIABLES, Sysctl
 
 DEFAULT_PATH: Final = Path("/etc/ipsecq/ipsecq.toml")
-QUEUE_BASE: Final = 0x4950
-"""18768, "IP": away from the small numbers that other users of NFQUEUE take first."""
 CREDENTIAL: Final = "credential:"
-
-
-def _among(default: str, *choices: str) -> Any:
-    return field(default=default, metadata={"among": choices})
-
-
-def _within(default: int, low: int, high: int) -> Any:
-    return field(default=default, metadata={"within": (low, high)})
-
-
-@dataclass(slots=True, frozen=True)
-class DaemonConfig:
-    """``[daemon]``."""
-
-    policy: tuple[str, ...] = ()
-    """Files of SAs and policies in the syntax of setkey(8), read in this order; relative to the configuration file.
-    ``credential:NAME`` is a file of systemd's LoadCredential=."""
-    workers: int = _within(0, 0, 256)
-    """Worker processes; 0 is one for each processor that the daemon may use."""
-    queue_base: int = _within(QUEUE_BASE, 0, 65535)
-    """NFQUEUE number of the first worker; the others follow."""
-    state_dir: str = "/var/lib/ipsecq"
-    """Must survive a reboot: which sequence numbers may have been used is kept there."""
-    run_dir: str = "/run/ipsecq"
-    """Must not survive one: shared table, lock and control socket."""
-    group: str = ""
-    """Members may read the status over the control socket; empty: root and the daemon's own user alone."""
-    allow_legacy: bool = False
-    """Accept DES, 3DES and MD5."""
-    pfkey_freebsd: bool = False
-    """Open a second PF_KEY socket, ``pfkey.freebsd`` in the run directory, for programs built on FreeBSD's headers."""
-    rekey_grace: int = _within(2, 0, 60)
-    """Seconds that an SA which key management deletes after a rekey goes on receiving what is on its way."""
-    natt_keepalive: int = _within(20, 0, 3600)
-    """Seconds of silence after which an SA in UDP sends a NAT keepalive (RFC 3948 section 2.3); 0 sends none."""
-    on_stop: str = _among("block", "block", "remove")
-    """What a clean stop leaves: ``block`` keeps protected traffic blocked, ``remove`` lets it pass in clear."""
-
-
-@dataclass(slots=True, frozen=True)
-class NftablesConfig:
-    """``[nftables]``."""
-
-    table: str = "ipsecq"
-    """Name of our own tables; nothing else is touched."""
-    mark_done: int = _within(0x01000000, 1, 0xFFFFFFFF)
-    """Packet mark bit: sent by ipsecq."""
-    mark_stolen: int = _within(0x02000000, 1, 0xFFFFFFFF)
-    """Packet mark bit: replaced by what ipsecq sent."""
-    enc_device: str = "enc0"
-    """Device on which decapsulated packets arrive."""
-    natt_ports: tuple[int, ...] = (4500,)
-    """Local UDP ports that carry ESP (RFC 3948)."""
-    queue_bypass: bool = False
-    """Fail open: protected traffic passes in clear while no worker serves its queue.  Loud in status and logs."""
-    loopback: bool = False
-    """Apply policies to what this host sends to itself."""
-    neighbour_discovery: bool = True
-    """Leave IPv6 neighbour discovery alone whatever the policies say."""
-    inner_files: tuple[str, ...] = ()
-    """nft files loaded with our tables: your rules for decapsulated packets (chain ``inner``)."""
-
-
-@dataclass(slots=True, frozen=True)
-class OffloadConfig:
-    """``[offload]``: what makes packets cheaper, each with a switch."""
-
-    gso: bool = True
-    """Take TCP super-packets whole from the kernel, where it can give them, and cut them here.  A second queue a
-    worker, numbered behind the workers' own, has the kernel cut what cannot be cut here."""
-    coalesce: bool = True
-    """Give runs of decapsulated TCP segments to the kernel as one packet."""
-
-
-@dataclass(slots=True, frozen=True)
-class MetricsConfig:
-    """``[metrics]``."""
-
-    listen: str = "127.0.0.1:9814"
-    """``address:port`` of /metrics, ``[address]:port`` for IPv6; empty serves none."""
-    sa_limit: int = _within(1000, 0, 1_000_000)
-    """SAs with series of their own; beyond it only the sums grow."""
-
-
-@dataclass(slots=True, frozen=True)
-class LogConfig:
-    """``[log]``."""
-
-    level: str = _among("info", "debug", "info", "warning", "error")
-    format: str = _among("text", "text", "json")
 
 
 @dataclass(slots=True, frozen=True)
 class Config:
     """A whole file, checked.  ``path`` is where it was read, ``sysctl`` holds ``[sysctl]`` by full name."""
 
-    daemon: DaemonConfig = DaemonConfig()
-    nftables: NftablesConfig = NftablesConfig()
-    offload: OffloadConfig = OffloadConfig()
-    metrics: MetricsConfig = MetricsConfig()
-    log: LogConfig = LogConfig()
+    daemon: DaemonConfig = field(default_factory=DaemonConfig)
+    nftables: NftablesConfig = field(default_factory=NftablesConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     sysctl: dict[str, int] = field(default_factory=dict)
     path: Path = DEFAULT_PATH
 
@@ -184,15 +99,6 @@ class Config:
         return self.path.parent / name
 
 
-_SECTIONS: Final[dict[str, type[Any]]] = {
-    "daemon": DaemonConfig,
-    "nftables": NftablesConfig,
-    "offload": OffloadConfig,
-    "metrics": MetricsConfig,
-    "log": LogConfig,
-}
-
-
 def load(path: Path) -> Config:
     """Read and check a file.  Raises :class:`ConfigError` with the place of the first mistake."""
     try:
@@ -218,10 +124,10 @@ def parse(text: str, path: Path = DEFAULT_PATH) -> Config:
     for name, value in document.items():
         if name == "sysctl":
             sections[name] = checker.sysctl(value)
-        elif name in _SECTIONS:
-            sections[name] = checker.section(name, _SECTIONS[name], value)
+        elif name in SECTIONS:
+            sections[name] = checker.section(name, SECTIONS[name], value)
         else:
-            expected = ", ".join(f"[{section}]" for section in (*_SECTIONS, "sysctl"))
+            expected = ", ".join(f"[{section}]" for section in (*SECTIONS, "sysctl"))
             raise checker.error((name,), f"unknown table or key {name!r}; expected {expected}")
     config = Config(**sections, path=path)
     checker.whole(config)

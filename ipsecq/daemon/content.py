@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.config import Config
+from ipsecq.daemon.options import SECTIONS
 from ipsecq.errors import ConfigError, DaemonError
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
@@ -45,18 +46,15 @@ def read(path: Path) -> Content:
 
 def check_reload(old: Config, new: Config) -> None:
     """What cannot change while the daemon runs is refused, so that a reload never means half of what the file says."""
-    fixed = (
-        ("[daemon] workers", old.workers, new.workers),
-        ("[daemon] queue_base", old.daemon.queue_base, new.daemon.queue_base),
-        ("[daemon] state_dir", old.state_dir, new.state_dir),
-        ("[daemon] run_dir", old.run_dir, new.run_dir),
-        ("[daemon] group", old.daemon.group, new.daemon.group),
-        ("[daemon] rekey_grace", old.daemon.rekey_grace, new.daemon.rekey_grace),
-        ("[daemon] pfkey_freebsd", old.daemon.pfkey_freebsd, new.daemon.pfkey_freebsd),
-        ("[nftables]", old.nftables, new.nftables),
-        ("[offload]", old.offload, new.offload),
-        ("[metrics]", old.metrics, new.metrics),
-    )
-    for name, before, after in fixed:
-        if before != after:
-            raise DaemonError(f"{new.path}: {name} cannot change in a reload: restart ipsecq for it")
+    for section, options in SECTIONS.items():
+        for option in fields(options):
+            if option.metadata["restart"] and _value(old, section, option.name) != _value(new, section, option.name):
+                raise DaemonError(
+                    f"{new.path}: [{section}] {option.name} cannot change in a reload: restart ipsecq for it"
+                )
+
+
+def _value(config: Config, section: str, key: str) -> object:
+    """The value in force: numbers of workers counted, paths whole."""
+    home = config if key in ("workers", "state_dir", "run_dir") else getattr(config, section)
+    return getattr(home, key)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final, TextIO
 
-from ipsecq.daemon.config import LogConfig
+from ipsecq.daemon.options import LogConfig
 
 LOGGER: Final = "ipsecq"
 BURST: Final = 20

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ipsecq.daemon.config import LogConfig
+from ipsecq.daemon.options import LogConfig
 from ipsecq.errors import DaemonError
 
 Operation = tuple[Any, ...]

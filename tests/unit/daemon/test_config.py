@@ -1,11 +1,14 @@
 """The configuration file: every mistake has a place and an expectation."""
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from ipsecq.daemon.config import Config, load, parse
-from ipsecq.errors import ConfigError
+from ipsecq.daemon.content import check_reload
+from ipsecq.daemon.options import SECTIONS
+from ipsecq.errors import ConfigError, DaemonError
 
 DEFAULT = Path(__file__).parents[3] / "ipsecq/daemon/ipsecq.toml"
 
@@ -35,10 +38,27 @@ def test_the_default_file_says_the_defaults():
         "net.inet.ipsec.ecn": 0,
         "net.inet.ipsec.def_policy": 1,
     }
-    for section in ("daemon", "nftables", "metrics", "log"):
-        table = getattr(config, section)
-        for name in table.__slots__:
-            assert f"{name} = " in text, f"[{section}] {name} is not in the default file"
+    for section, options in SECTIONS.items():
+        for option in fields(options):
+            assert f"{option.name} = " in text, f"[{section}] {option.name} is not in the default file"
+
+
+@pytest.mark.parametrize(
+    ("section", "option"), [(section, option) for section, table in SECTIONS.items() for option in fields(table)]
+)
+def test_a_reload_refuses_exactly_what_says_that_it_needs_a_restart(section, option):
+    values = {bool: lambda old: not old, int: lambda old: old + 1, str: lambda old: old + "x", tuple: lambda old: (*old, 1)}
+    old = Config()
+    table = getattr(old, section)
+    was = getattr(table, option.name)
+    new = replace(old, **{section: replace(table, **{option.name: values[type(was)](was)})})
+    if option.name == "workers":
+        new = replace(old, daemon=replace(table, workers=old.workers + 1))
+    if option.metadata["restart"]:
+        with pytest.raises(DaemonError, match=rf"\[{section}\] {option.name} cannot change in a reload"):
+            check_reload(old, new)
+    else:
+        check_reload(old, new)
 
 
 def test_values_are_taken():

@@ -5,8 +5,8 @@ import json
 import logging
 import sys
 
-from ipsecq.daemon.config import LogConfig
 from ipsecq.daemon.log import BURST, RateLimit, configure
+from ipsecq.daemon.options import LogConfig
 from ipsecq.secret import Key
 
 
