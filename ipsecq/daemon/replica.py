@@ -19,6 +19,7 @@ Operations, by name (first item of the tuple) and arguments:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -104,6 +105,11 @@ class Replica:
         self.spd.replace_all(policies)
 
     def _spd_put(self, policy: Policy) -> None:
+        with contextlib.suppress(SpdError):
+            held = self.spd.get(policy.id)
+            if (held.direction, held.selector) != (policy.direction, policy.selector):
+                # A worker that began with the whole state is told once more how it came about, and ids are given again.
+                self.spd.delete_id(policy.id)
         self.spd.update(policy)
 
     def _spd_delete(self, policy_id: int) -> None:

@@ -5,7 +5,7 @@ import pickle
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ipsecq.daemon.authority import Authority, same
@@ -250,6 +250,7 @@ def step(house, name, *arguments):
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEPS, max_size=25))
+@example(steps=[("policy", 2, "in", "use"), ("forget", 2), ("policy", 2, "out", "use"), ("worker",)])
 def test_a_replica_ends_up_like_the_original_whatever_happened(tmp_path_factory, steps):
     house = House(tmp_path_factory.mktemp("house"))
     for each in steps:
