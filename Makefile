@@ -15,7 +15,7 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_TEST  := $(PACKAGES_LAB) systemd groff-base conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check fuzz bench bench-keys bench-policy scenarios docs install uninstall clean
+.PHONY: help demo test check fuzz bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,11 @@ bench-policy: ## cost of policy look-ups at 10 to 100,000 policies and SAs
 	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.lab.bench_policy $(BENCH)
 
+bench-scrape: ## seconds that a scrape of /metrics takes with 10,000 SAs (root)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@.ci/need-venv $(VENV) lab
+	@$(VENV)/bin/python -m ipsecq.lab.bench_scrape $(BENCH)
+
 scenarios: ## write docs/scenarios.md from tests/scenarios
 	@.ci/need-packages $(PACKAGES_BUILD)
 	@.ci/need-venv $(VENV)
@@ -69,6 +74,7 @@ docs: ## write the reference pages and the default ipsecq.toml from the program'
 	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.cli.manual default ipsecq/daemon/ipsecq.toml
 	@$(VENV)/bin/python -m ipsecq.cli.manual docs docs
+	@$(VENV)/bin/python -m ipsecq.metrics.reference >docs/metrics.md
 
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)

@@ -8,7 +8,7 @@ the hot path does.  Nobody else writes it, so there is no lock.  The same number
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import Final
 
 
@@ -42,7 +42,6 @@ class Counter(IntEnum):
     OUT_NOMEM = 26
     OUT_NOROUTE = 27
     OUT_INVAL = 28
-    OUT_BUNDLESA = 29
     OUT_DISCARD = 30
     OUT_HELD_OVERFLOW = 31
     IN_POLVIO = 32
@@ -126,6 +125,7 @@ class Counter(IntEnum):
     OUT_TOOBIG_SENT = 163
     OUT_ACQUIRE = 164
     OUT_FRAGMENTED = 165
+    OUT_BUNDLESA = 166
     IN_PACKETS = 168
     IN_BYTES = 169
     IN_DELIVERED = 170
@@ -140,7 +140,20 @@ class Counter(IntEnum):
     ENOBUFS = 182
     SUPER_PACKETS = 183
     COALESCED = 184
+    QUEUE_TRUNCATED = 185
+    QUEUE_ERRORS = 186
+    OFFLOADS = 187
+    """No count: the sum of :class:`Offload` that the worker has in use."""
     HEARTBEAT = 190
+
+
+class Offload(IntFlag):
+    """What makes packets cheaper, where the kernel grants it."""
+
+    GSO = 1
+    """TCP super-packets come whole from the queue."""
+    COALESCE = 2
+    """Runs of decapsulated TCP segments enter the stack as one packet."""
 
 
 COUNTERS_WORDS: Final = 256

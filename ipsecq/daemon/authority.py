@@ -13,6 +13,7 @@ from typing import Final
 
 from ipsecq.crypto import registry
 from ipsecq.daemon.leases import LeaseBook
+from ipsecq.daemon.ledger import PairLedger
 from ipsecq.daemon.messages import Operation
 from ipsecq.daemon.table import SharedTable, fingerprint
 from ipsecq.errors import IpsecqError
@@ -48,13 +49,19 @@ class Batch:
 class Authority:
     """The originals.  ``sad``, ``spd`` and ``sysctl`` may be read by anybody and are changed by this object alone."""
 
-    def __init__(self, table: SharedTable, book: LeaseBook, *, rekey_grace: float = 0.0) -> None:
-        """``rekey_grace``: seconds that :meth:`retire_sa` lets a replaced SA go on receiving."""
+    def __init__(
+        self, table: SharedTable, book: LeaseBook, *, rekey_grace: float = 0.0, peer_limit: int = 1000
+    ) -> None:
+        """``rekey_grace``: seconds that :meth:`retire_sa` lets a replaced SA go on receiving.
+
+        ``peer_limit``: pairs of addresses whose totals are kept one by one.
+        """
         self.sad = Sad()
         self.spd = Spd()
         self.sysctl = Sysctl()
         self.problems: dict[SaKey, str] = {}
         """SAs that refuse to send, and why."""
+        self.ledger = PairLedger(table.words, peer_limit)
         self._table = table
         self._book = book
         self._batch = Batch()
@@ -88,17 +95,20 @@ class Authority:
         """
         wanted = [(sa, passing) for sa, passing in batch.moving if self.sad.inbound(sa.key) is sa]
         kept = {fingerprint(sa) for sa, _ in wanted}
-        for slot in batch.retiring:
-            self._uses[slot] -= 1
-            if not self._uses[slot]:
-                del self._uses[slot]
-                self._table.retire(slot, counts=self._table.fingerprint_of(slot) in kept)
-        for at, (sa, passing) in enumerate(wanted):
-            try:
-                self._give(sa, passing)
-            except IpsecqError:
-                self._batch.moving += wanted[at:]
-                raise
+        with self.ledger.lock:
+            for slot in batch.retiring:
+                self._uses[slot] -= 1
+                if not self._uses[slot]:
+                    del self._uses[slot]
+                    moves = self._table.fingerprint_of(slot) in kept
+                    self.ledger.leave(slot, moves=moves)
+                    self._table.retire(slot, counts=moves)
+            for at, (sa, passing) in enumerate(wanted):
+                try:
+                    self._give(sa, passing)
+                except IpsecqError:
+                    self._batch.moving += wanted[at:]
+                    raise
 
     def undone(self, batch: Batch) -> None:
         """Not all workers have acknowledged it.  New workers get the whole state; what is due stays due."""
@@ -234,6 +244,7 @@ class Authority:
         sa.slot = slot
         if slot != old_slot:
             self._uses[slot] = self._uses.get(slot, 0) + 1
+        self.ledger.join(slot, sa.src, sa.dst)
 
     def _reserve(self, sa: SecurityAssociation, slot: int, passing: bool) -> None:
         """The right to take sequence numbers, or the reason why not."""

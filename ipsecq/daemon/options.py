@@ -174,6 +174,12 @@ class MetricsConfig:
         within=(0, 1_000_000),
         restart=True,
     )
+    peer_limit: int = _option(
+        1000,
+        "Peers, and tunnels, with series of their own; beyond it peers are counted together as other.",
+        within=(0, 1_000_000),
+        restart=True,
+    )
 
 
 @dataclass(slots=True, frozen=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import Counter as Counts
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import ipsecq
 from ipsecq.counters import COUNTERS_WORDS, HISTOGRAM_BASE, Counter
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.pool import WorkerPool
+from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
-from ipsecq.metrics.source import SaSample, Snapshot, WorkerSample
+from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, WorkerSample
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
 from ipsecq.policy.model import Policy
@@ -22,6 +25,15 @@ from ipsecq.setkey import printer
 
 SHOWN: Final = 10_000
 """SAs and policies in one status answer, unless more are asked for."""
+LOCAL_SECONDS: Final = 10.0
+"""How long the kernel's word whether an address is ours is believed."""
+OTHER: Final = "other"
+"""Stands for the peers beyond the limit."""
+
+T = TypeVar("T")
+_PROTOCOL_NAMES: Final = {int(protocol): protocol.name.lower() for protocol in Protocol}
+_STATE_NAMES: Final = {int(state): state.name.lower() for state in SaState}
+_NO_WORDS: Final = [0] * int(Slot.WINDOW)
 
 
 @dataclass(slots=True)
@@ -40,34 +52,52 @@ class Sampler:
     """Reads authority, pool and shared counters; safe to call from the metrics server's threads (it only reads)."""
 
     def __init__(
-        self, authority: Authority, pool: WorkerPool, loader: Loader, history: History, *, sa_limit: int, bypass: bool
-    ) -> None:
+        self, authority: Authority, pool: WorkerPool, loader: Loader, history: History, *,
+        sa_limit: int, peer_limit: int, bypass: bool,
+    ) -> None:  # fmt: skip
         self._authority, self._pool, self._loader, self._history = authority, pool, loader, history
-        self._sa_limit, self._bypass = sa_limit, bypass
+        self._sa_limit, self._peer_limit, self._bypass = sa_limit, peer_limit, bypass
+        self._tunnels = Tunnels(authority)
         self._local: dict[bytes, tuple[float, bool]] = {}
 
     def snapshot(self) -> Snapshot:
         """See :class:`ipsecq.metrics.source.Source`."""
-        sas = self._sas()
-        policies = self._authority.spd.dump()
+        sas = _patiently(self._authority.sad.dump)
+        policies = _patiently(self._authority.spd.dump)
         history = self._history
+        shown, youngest, states = [], _youngest(sas), Counts[tuple[str, str, str]]()
+        for number, sa in enumerate(sas):
+            direction = self.direction(sa)
+            states[_PROTOCOL_NAMES[sa.protocol], direction, _STATE_NAMES[sa.state]] += 1
+            if number < self._sa_limit:
+                shown.append(self._sample(sa, direction, youngest))
+        tunnels = _patiently(lambda: self._tunnels.samples(policies))
         return Snapshot(
-            workers=self._workers(),
-            sas=[self._sample(sa) for sa in sas[: self._sa_limit]],
-            sa_count=len(sas),
+            workers=self.workers(),
+            sas=shown,
+            sa_states=dict(states),
+            peers=self.peers(),
+            tunnels=tunnels[: self._peer_limit],
+            tunnel_count=len(tunnels),
             policies={
                 "in": sum(policy.direction is Direction.IN for policy in policies),
                 "out": sum(policy.direction is Direction.OUT for policy in policies),
             },
+            time=time.time(),
             reloads=history.reloads,
             reload_failures=history.reload_failures,
             reload_success=history.reload_success,
             reload_time=history.reload_time,
             started=history.started,
             ruleset_repairs=history.ruleset_repairs,
-            fail_open=len(policies) if self._bypass else sum(policy.fail_open for policy in policies),
+            fail_open=self.fail_open(policies),
             mechanism=self._loader.mechanism or "",
+            devices=sorted(dict(self._loader.guarded).values()),
         )
+
+    def fail_open(self, policies: Sequence[Policy]) -> int:
+        """Number of policies that let packets pass in clear when nobody serves them."""
+        return len(policies) if self._bypass else sum(policy.fail_open for policy in policies)
 
     def counters(self) -> list[int]:
         """All workers' counters, summed."""
@@ -76,35 +106,39 @@ class Sampler:
             total = [before + more for before, more in zip(total, worker.counters, strict=True)]
         return total
 
+    def peers(self) -> list[PeerSample]:
+        """Totals by peer and direction, in the order in which they came."""
+        found: dict[tuple[str, str], PeerSample] = {}
+        for pair in self._authority.ledger.totals():
+            if not pair.src:
+                name, direction = OTHER, ""
+            else:
+                direction = self._direction(pair.src, pair.dst)
+                name = _text(pair.dst if direction == "out" else pair.src)
+            known = found.get((name, direction))
+            counts, sas, last_use = pair.counts, pair.sas, pair.last_use
+            if known is not None:  # several addresses of ours talk to it
+                before = known.packets, known.bytes, known.auth_failures, known.replays, known.drops
+                packets, octets, bad, replays, drops = map(sum, zip(counts, before, strict=True))
+                counts = packets, octets, bad, replays, drops
+                sas, last_use = sas + known.sas, max(last_use, int(known.last_use))
+            found[name, direction] = PeerSample(name, direction, *counts, sas, last_use)
+        return list(found.values())
+
     def status(self, *, limit: int = SHOWN, offset: int = 0) -> dict[str, Any]:
         """The answer of the control command ``status``.  No key is in it."""
-        snapshot = self.snapshot()
         sas, policies = self._authority.sad.dump(), self._authority.spd.dump()
-        total = self.counters()
+        history, total = self._history, self.counters()
         fail_open = ["queue_bypass is on: every policy"] if self._bypass else []
         fail_open += [printer.config_policy(policy) for policy in policies if policy.fail_open]
         return {
             "version": ipsecq.__version__,
-            "uptime": time.time() - snapshot.started,
-            "mechanism": snapshot.mechanism,
+            "uptime": time.time() - history.started,
+            "mechanism": self._loader.mechanism or "",
             "devices": sorted(self._loader.guarded.values()),
             "fail_open": fail_open,
-            "reload": {"success": snapshot.reload_success, "time": snapshot.reload_time, "count": snapshot.reloads},
-            "workers": [
-                {
-                    "index": sample.index,
-                    "pid": handle.pid,
-                    "up": sample.up,
-                    "restarts": sample.restarts,
-                    "queue": handle.queue,
-                    "queue_length": sample.queue_length,
-                    "kernel_drops": sample.queue_full_drops + sample.socket_full_drops,
-                    "packets_in": sample.counters[Counter.IN_PACKETS],
-                    "packets_out": sample.counters[Counter.OUT_PACKETS],
-                    "busy_seconds": sample.counters[Counter.BUSY_NS] / 1e9,
-                }
-                for sample, handle in zip(snapshot.workers, self._pool.workers, strict=True)
-            ],
+            "reload": {"success": history.reload_success, "time": history.reload_time, "count": history.reloads},
+            "workers": [_show_worker(sample) for sample in self.workers()],
             "sa_count": len(sas),
             "sas": [self._show_sa(sa) for sa in sas[offset : offset + limit]],
             "policy_count": len(policies),
@@ -114,34 +148,33 @@ class Sampler:
             },
         }
 
-    def _sas(self) -> list[SecurityAssociation]:
-        """All SAs, asked from another thread than the one that adds and deletes them."""
-        while True:
-            try:
-                return self._authority.sad.dump()
-            except RuntimeError:  # the dictionary changed meanwhile
-                continue
-
-    def _workers(self) -> list[WorkerSample]:
-        queues = queue_table()
+    def workers(self) -> list[WorkerSample]:
+        """All workers, with the kernel's figures of their queues."""
+        queues, unbound = queue_table(), QueueStats(0, 0, 0, 0)
         samples = []
         for worker in self._pool.workers:
-            queue = queues.get(worker.queue, QueueStats(0, 0, 0, 0))
+            main = queues.get(worker.queue, unbound)
+            plain = queues.get(worker.queue + len(self._pool.workers), unbound)
             samples.append(
                 WorkerSample(
-                    worker.index, worker.ready, worker.restarts, worker.counters.tolist(), queue.waiting, queue.dropped,
-                    queue.user_dropped,
+                    worker.index, worker.ready, worker.restarts, worker.counters.tolist(),
+                    main.waiting + plain.waiting, main.dropped + plain.dropped, main.user_dropped + plain.user_dropped,
+                    worker.pid, worker.queue,
                 )
             )  # fmt: skip
         return samples
 
-    def _sample(self, sa: SecurityAssociation) -> SaSample:
+    def _sample(
+        self, sa: SecurityAssociation, direction: str, youngest: dict[tuple[object, ...], float] | None = None
+    ) -> SaSample:
         words = self._authority.usage_words(sa)
-        shown = words.tolist() if words is not None else [0] * int(Slot.WINDOW)
-        return SaSample(sa, shown, "out" if self.is_local(sa.src) else "in", sa.key in self._authority.problems)
+        shown = words.tolist() if words is not None else _NO_WORDS
+        problem = self._authority.problems.get(sa.key, "")
+        successor = youngest is not None and youngest.get(_kind(sa), 0.0) > sa.created
+        return SaSample(sa, shown, direction, bool(problem), successor, problem)
 
     def _show_sa(self, sa: SecurityAssociation) -> dict[str, Any]:
-        sample = self._sample(sa)
+        sample = self._sample(sa, self.direction(sa))
         words = sample.words
         return {
             "spi": f"0x{sa.spi:08x}",
@@ -168,14 +201,25 @@ class Sampler:
             "drops": words[Slot.DROPS],
             "created": sa.created,
             "from": sa.label,
-            "problem": self._authority.problems.get(sa.key, ""),
+            "problem": sample.problem,
         }
+
+    def direction(self, sa: SecurityAssociation) -> str:
+        """``in`` or ``out``."""
+        return self._direction(sa.src, sa.dst)
+
+    def _direction(self, src: bytes, dst: bytes) -> str:
+        """Which end is ours; the kernel is asked about the peer's only when it said no about the other."""
+        known = self._local.get(dst)
+        if known is not None and known[1] and src not in self._local and time.monotonic() - known[0] < LOCAL_SECONDS:
+            return "in"
+        return "out" if self.is_local(src) else "in"
 
     def is_local(self, address: bytes) -> bool:
         """True when ``address`` is ours: asked of the kernel, and remembered for a while."""
         now = time.monotonic()
         known = self._local.get(address)
-        if known is not None and now - known[0] < 10.0:
+        if known is not None and now - known[0] < LOCAL_SECONDS:
             return known[1]
         family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
         local = False
@@ -186,6 +230,45 @@ class Sampler:
             self._local.clear()
         self._local[address] = now, local
         return local
+
+
+def _kind(sa: SecurityAssociation) -> tuple[object, ...]:
+    """SAs of one kind replace each other."""
+    return sa.protocol, sa.mode, sa.src, sa.dst, sa.reqid
+
+
+def _youngest(sas: Iterable[SecurityAssociation]) -> dict[tuple[object, ...], float]:
+    """By kind: when the youngest one that may be used was made."""
+    found: dict[tuple[object, ...], float] = {}
+    for sa in sas:
+        if sa.state is SaState.MATURE:
+            kind = _kind(sa)
+            found[kind] = max(found.get(kind, 0.0), sa.created)
+    return found
+
+
+def _patiently(read: Callable[[], T]) -> T:
+    """What ``read`` returns; again, when the event loop changed a dictionary under it."""
+    while True:
+        try:
+            return read()
+        except RuntimeError:
+            continue
+
+
+def _show_worker(sample: WorkerSample) -> dict[str, Any]:
+    return {
+        "index": sample.index,
+        "pid": sample.pid,
+        "up": sample.up,
+        "restarts": sample.restarts,
+        "queue": sample.queue,
+        "queue_length": sample.queue_length,
+        "kernel_drops": sample.queue_full_drops + sample.socket_full_drops,
+        "packets_in": sample.counters[Counter.IN_PACKETS],
+        "packets_out": sample.counters[Counter.OUT_PACKETS],
+        "busy_seconds": sample.counters[Counter.BUSY_NS] / 1e9,
+    }
 
 
 def _show_policy(policy: Policy) -> dict[str, Any]:

@@ -123,7 +123,9 @@ class Supervisor:
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
         if self.book.problem:
             log.warning("state: %s", self.book.problem)
-        self.authority = Authority(self.table, self.book, rekey_grace=config.daemon.rekey_grace)
+        self.authority = Authority(
+            self.table, self.book, rekey_grace=config.daemon.rekey_grace, peer_limit=2 * config.metrics.peer_limit
+        )
         self.authority.become(self.content.sad, self.content.spd, config.sysctl)
         self._from_files = {sa.key for sa in self.content.sad}
         for problem in self.authority.problems.values():
@@ -147,7 +149,7 @@ class Supervisor:
         await self.pool.settled(self.pool.generation)
         self.sampler = Sampler(
             self.authority, self.pool, self.ruleset.loader, self.history,
-            sa_limit=config.metrics.sa_limit, bypass=config.nftables.queue_bypass,
+            sa_limit=config.metrics.sa_limit, peer_limit=config.metrics.peer_limit, bypass=config.nftables.queue_bypass,
         )  # fmt: skip
         output = RawOutput(self.ruleset.loader.settings.mark_done)
         stack.callback(output.close)

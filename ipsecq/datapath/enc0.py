@@ -161,7 +161,7 @@ class Enc0:
         so all workers and :func:`create` use the same.  ``coalescing`` (with ``vnet_hdr`` only) lets :meth:`write`
         put TCP segments together.
         """
-        self._coalescing = coalescing and vnet_hdr
+        self.coalescing = coalescing and vnet_hdr
         self.coalesced = 0
         """Packets that entered as a part of another."""
         self.name, self.vnet_hdr = name, vnet_hdr
@@ -175,7 +175,7 @@ class Enc0:
         TCP segments that follow one another enter as one packet, where nothing is lost by it
         (:func:`ipsecq.packet.coalesce.coalesce`).
         """
-        if len(packets) > 1 and self._coalescing:
+        if len(packets) > 1 and self.coalescing:
             return self._write_runs(packets)
         fd, taken = self.fd, 0
         if self.vnet_hdr:

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, MutableSequence
 from typing import Final, Protocol
 
-from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate, Offload
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
@@ -115,7 +115,10 @@ class WorkerLoop:
         self._queues = [queue] if plain_queue is None else [queue, plain_queue]
         self._active = queue
         """The queue whose batch is in hand."""
-        self._losses = self._lost()
+        self._losses, self._refused = self._lost(), (0, 0)
+        counters[Counter.OFFLOADS] = (Offload.GSO if queue.gso else 0) | (
+            Offload.COALESCE if enc0 is not None and enc0.coalescing else 0
+        )
         self._next_log = 0.0
 
     # -- life ------------------------------------------------------------------------------------------------
@@ -158,6 +161,10 @@ class WorkerLoop:
         lost = self._lost()
         counters[Counter.ENOBUFS] += max(lost - self._losses, 0)
         self._losses = lost
+        truncated, errors = self._refused
+        self._refused = sum(queue.truncated for queue in self._queues), sum(queue.errors for queue in self._queues)
+        counters[Counter.QUEUE_TRUNCATED] += self._refused[0] - truncated
+        counters[Counter.QUEUE_ERRORS] += self._refused[1] - errors
         if self._holder.waiting:
             counters[Counter.OUT_NOSA] += self._holder.expire(self._clock())
         if self._early.waiting:

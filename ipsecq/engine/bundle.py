@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from ipsecq.counters import Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.outbound_sa import OutboundStep
 from ipsecq.packet.buffer import Buffer
@@ -11,13 +14,15 @@ from ipsecq.packet.view import PacketView
 MAX_TRANSFORMS = 4
 """Transforms that one policy may name (BSD's limit)."""
 
+_BUNDLED: Final = int(Counter.OUT_BUNDLESA)
+
 
 class Bundle:
     """The steps for one flow, innermost first, and what they do to a packet's size."""
 
-    __slots__ = ("_largest", "dst", "first", "single", "steps", "tunnels", "view")
+    __slots__ = ("_counters", "_largest", "dst", "first", "single", "steps", "tunnels", "view")
 
-    def __init__(self, steps: tuple[OutboundStep, ...], dst: bytes) -> None:
+    def __init__(self, steps: tuple[OutboundStep, ...], dst: bytes, counters: memoryview) -> None:
         self.steps = steps
         self.first = steps[0]
         self.single = len(steps) == 1
@@ -27,6 +32,7 @@ class Bundle:
         """Where the finished datagram goes: the outermost tunnel's far end, or the packet's own destination."""
         self.view = PacketView()
         self._largest: dict[tuple[int, int], int] = {}
+        self._counters = counters
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """The finished datagram, or the Counter of the drop.  ``view`` has loaded ``packet``."""
@@ -38,6 +44,8 @@ class Bundle:
                 return result
             self.view.load(result)
             result = step.apply(result, self.view, now, emit)
+        if not isinstance(result, int):
+            self._counters[_BUNDLED] += 1
         return result
 
     def apply_run(

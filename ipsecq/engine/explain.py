@@ -185,7 +185,7 @@ def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, path_mt
         answer.verdict, answer.fate = "clear", "passes in clear: no SA, and every level is use"
         return
     header = 20 if len(flow.src) == 4 else 40
-    bundle = Bundle(tuple(steps), outermost)
+    bundle = Bundle(tuple(steps), outermost, tables.counters)
     answer.mtu = bundle.largest(path_mtu, header)
     answer.overhead = bundle.sealed_length(answer.mtu, header) - answer.mtu
     answer.layout = _layout(flow, steps)

@@ -224,7 +224,7 @@ class Outbound:
             steps.append(step)
             if tunnel:
                 src, dst = near, far
-        return (Bundle(tuple(steps), dst) if steps else _PASS), wanted
+        return (Bundle(tuple(steps), dst, self._counters) if steps else _PASS), wanted
 
     @staticmethod
     def _wanted(policy: Policy, transform: Transform, near: bytes, far: bytes) -> Acquire:

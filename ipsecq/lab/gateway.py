@@ -93,12 +93,13 @@ class Tunnel:
 class Gateway:
     """One daemon.  ``start`` returns when it has said READY=1; its log is shown when it does not.
 
-    ``settings``: more TOML, appended (own tables) or, as lines before the first ``[``, part of ``[daemon]``.
+    ``daemon`` and ``metrics``: more lines of these tables; ``settings``: more tables; ``listen``: where metrics are.
     """
 
     def __init__(
-        self, space: Namespace, setkey: str, *, workers: int = 2, daemon: str = "", settings: str = ""
-    ) -> None:
+        self, space: Namespace, setkey: str, *, workers: int = 2, daemon: str = "", settings: str = "",
+        listen: str = "127.0.0.1", metrics: str = "",
+    ) -> None:  # fmt: skip
         self.space = space
         self.directory: Path = space.lab.directory / f"ipsecq-{space.role}"
         self.directory.mkdir(exist_ok=True)
@@ -115,7 +116,8 @@ run_dir = "{self.directory}/run"
 {daemon}
 
 [metrics]
-listen = "127.0.0.1:{METRICS_PORT}"
+listen = "{listen}:{METRICS_PORT}"
+{metrics}
 
 [log]
 level = "info"

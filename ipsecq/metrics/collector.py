@@ -1,17 +1,19 @@
 """The Prometheus collector: shared counters to metric families, at the moment of the scrape.
 
 Labels are small: an SA is (spi, protocol, dst), as RFC 4301 names it; everything else about it is in
-``ipsecq_sa_info``, to be joined on those three.  Counters never go back while the daemon runs; a restarted worker goes
-on with its predecessor's.
+``ipsecq_sa_info``, to be joined on those three.  Counters never go back while the daemon runs: a restarted worker goes
+on with its predecessor's, and peers keep what their former SAs counted.  ``docs/metrics.md`` is made from what stands
+here (``make docs``).
 """
 
 from __future__ import annotations
 
+import os
 import platform
-import socket
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from cryptography.hazmat.backends.openssl import backend
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -22,44 +24,37 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from ipsecq import __version__
-from ipsecq.counters import (
-    FIRST_DROP,
-    HISTOGRAM_BASE,
-    HISTOGRAM_BOUNDS,
-    HISTOGRAM_SUM_NS,
-    Counter,
-)
-from ipsecq.metrics.source import SaSample, Snapshot, Source, WorkerSample
-from ipsecq.numbers import Mode, Protocol, SaState
-from ipsecq.sa.association import Slot
+from ipsecq.counters import HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Offload
+from ipsecq.metrics.associations import families
+from ipsecq.metrics.reasons import DROPS
+from ipsecq.metrics.source import PeerSample, Snapshot, Source, TunnelSample, WorkerSample
 
-LAST_DROP: Final = 127
-
-DROPS: Final = tuple(counter for counter in Counter if FIRST_DROP <= counter <= LAST_DROP)
-"""Every reason for which a packet is dropped."""
-
-_EVENTS: Final = {
-    Counter.OUT_PASSED: "passed",
-    Counter.OUT_TOOBIG_SENT: "toobig_sent",
-    Counter.OUT_ACQUIRE: "acquire",
-    Counter.OUT_FRAGMENTED: "fragmented",
-    Counter.IN_DELIVERED: "delivered",
-    Counter.IN_PMTU_LEARNED: "pmtu_learned",
-    Counter.IN_PMTU_REFUSED: "pmtu_refused",
-    Counter.NATT_KEEPALIVE: "natt_keepalive",
-    Counter.NATT_REBOUND: "natt_rebound",
-    Counter.ESP_DUMMY: "esp_dummy",
-    Counter.IPCOMP_THRESHOLD: "ipcomp_below_threshold",
-    Counter.IPCOMP_UNCOMPR: "ipcomp_uncompressible",
+EVENTS: Final = {
+    Counter.OUT_PASSED: ("passed", "outbound packets that no policy protects"),
+    Counter.OUT_BUNDLESA: ("bundled", "outbound packets that took more than one SA"),
+    Counter.OUT_TOOBIG_SENT: ("toobig_sent", "senders told that a packet does not fit the tunnel"),
+    Counter.OUT_ACQUIRE: ("acquire", "SAs that key management was asked for"),
+    Counter.OUT_FRAGMENTED: ("fragmented", "packets sent in fragments"),
+    Counter.IN_DELIVERED: ("delivered", "decapsulated packets given to the stack"),
+    Counter.IN_PMTU_LEARNED: ("pmtu_learned", "path MTUs learned from ICMP"),
+    Counter.IN_PMTU_REFUSED: ("pmtu_refused", "ICMP errors about packets that were never sent, not believed"),
+    Counter.NATT_KEEPALIVE: ("natt_keepalive", "NAT keepalives that came"),
+    Counter.NATT_REBOUND: ("natt_rebound", "peers seen behind another port or address of their NAT"),
+    Counter.ESP_TUNNEL: ("esp_tunnel", "packets that left in an ESP tunnel"),
+    Counter.AH_TUNNEL: ("ah_tunnel", "packets that left in an AH tunnel"),
+    Counter.ESP_DUMMY: ("esp_dummy", "dummy packets that came (RFC 4303 section 2.6)"),
+    Counter.IPCOMP_THRESHOLD: ("ipcomp_below_threshold", "packets too short to be compressed"),
+    Counter.IPCOMP_UNCOMPR: ("ipcomp_uncompressible", "packets that compression would not make shorter"),
+    Counter.SUPER_PACKETS: ("super_packets", "TCP super-packets taken whole"),
+    Counter.COALESCED: ("coalesced", "decapsulated segments that entered as a part of another packet"),
 }
+"""Value of the label ``event`` and its meaning."""
 
 _PROTOCOL_COUNTERS: Final = (
     ("esp", Counter.ESP_INPUT, Counter.ESP_OUTPUT, Counter.ESP_IBYTES, Counter.ESP_OBYTES),
     ("ah", Counter.AH_INPUT, Counter.AH_OUTPUT, Counter.AH_IBYTES, Counter.AH_OBYTES),
     ("ipcomp", Counter.IPCOMP_INPUT, Counter.IPCOMP_OUTPUT, Counter.IPCOMP_IBYTES, Counter.IPCOMP_OBYTES),
 )
-
-_SA_ID: Final = ("spi", "protocol", "dst")
 
 
 class IpsecqCollector(Collector):
@@ -71,22 +66,45 @@ class IpsecqCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All families."""
         snapshot = self._source.snapshot()
-        total = snapshot.counters()
-        yield from _daemon(snapshot)
-        yield from _traffic(total)
-        yield from _workers(snapshot.workers)
-        yield from _associations(snapshot)
+        yield from gateway_families(snapshot)
+        yield from families(snapshot)
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: registration must not need a running daemon."""
         return ()
 
 
+def gateway_families(snapshot: Snapshot) -> Iterator[Metric]:
+    """All families but those with a series an SA."""
+    total = snapshot.counters()
+    yield from _daemon(snapshot)
+    yield from _traffic(total)
+    yield from _workers(snapshot.workers)
+    yield from _peers(snapshot.peers)
+    yield from _tunnels(snapshot.tunnels)
+    sas = GaugeMetricFamily(
+        "ipsecq_sas", "SAs in the SAD, whether or not they have series.", labels=["protocol", "direction", "state"]
+    )
+    for identity, count in snapshot.sa_states.items():
+        sas.add_metric(list(identity), count)
+    yield sas
+    yield GaugeMetricFamily(
+        "ipsecq_sas_without_series", "SAs beyond metrics.sa_limit: they count in the series of their peers alone.",
+        value=snapshot.sa_count - len(snapshot.sas),
+    )  # fmt: skip
+
+
 def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
     yield InfoMetricFamily(
         "ipsecq_build",
-        "Version of ipsecq and of what runs it.",
-        value={"version": __version__, "python": platform.python_version(), "mechanism": snapshot.mechanism},
+        "Version of ipsecq and of what runs it; mechanism is how packets are queued.",
+        value={
+            "version": __version__,
+            "python": platform.python_version(),
+            "openssl": backend.openssl_version_text(),
+            "kernel": os.uname().release,
+            "mechanism": snapshot.mechanism,
+        },
     )
     yield GaugeMetricFamily(
         "ipsecq_start_time_seconds", "Unix time at which the daemon started.", value=snapshot.started
@@ -130,8 +148,9 @@ def _traffic(total: list[int]) -> Iterator[Metric]:
         "ipsecq_protocol_packets", "Packets that a protocol processed.", labels=["protocol", "direction"]
     )
     octets = CounterMetricFamily(
-        "ipsecq_protocol_bytes", "Bytes that a protocol processed.", labels=["protocol", "direction"]
-    )
+        "ipsecq_protocol_bytes", "Bytes that a protocol processed, its headers not counted.",
+        labels=["protocol", "direction"],
+    )  # fmt: skip
     for protocol, *counters in _PROTOCOL_COUNTERS:
         for direction, packet_counter, byte_counter in (
             ("in", counters[0], counters[2]),
@@ -141,113 +160,111 @@ def _traffic(total: list[int]) -> Iterator[Metric]:
             octets.add_metric([protocol, direction], total[byte_counter])
     yield packets
     yield octets
-    drops = CounterMetricFamily("ipsecq_drops", "Packets dropped, by reason.", labels=["reason"])
+    drops = CounterMetricFamily("ipsecq_drops", "Packets dropped, by reason (below).", labels=["reason"])
     for counter in DROPS:
         drops.add_metric([counter.name.lower()], total[counter])
     yield drops
-    events = CounterMetricFamily("ipsecq_events", "What happened to packets without dropping them.", labels=["event"])
-    for counter, name in _EVENTS.items():
+    events = CounterMetricFamily(
+        "ipsecq_events", "What happened to packets without dropping them (below).", labels=["event"]
+    )
+    for counter, (name, _) in EVENTS.items():
         events.add_metric([name], total[counter])
     yield events
     flows = CounterMetricFamily("ipsecq_flow_cache_lookups", "Flow cache look-ups.", labels=["result"])
     flows.add_metric(["hit"], total[Counter.FLOW_HIT])
     flows.add_metric(["miss"], total[Counter.FLOW_MISS])
     yield flows
-    buckets, running = [], 0
-    for index, bound in enumerate((*HISTOGRAM_BOUNDS, float("inf"))):
-        running += total[HISTOGRAM_BASE + index]
-        buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
-    yield HistogramMetricFamily(
-        "ipsecq_packet_seconds",
-        "Time that a packet took in a worker, as the mean of its batch.",
-        buckets=buckets,
-        sum_value=total[HISTOGRAM_SUM_NS] / 1e9,
-    )
 
 
 def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
     up = GaugeMetricFamily("ipsecq_worker_up", "1: the worker serves its queue.", labels=["worker"])
     restarts = CounterMetricFamily("ipsecq_worker_restarts", "Times that the worker was replaced.", labels=["worker"])
-    busy = CounterMetricFamily("ipsecq_worker_busy_seconds", "Time spent on batches of packets.", labels=["worker"])
+    busy = CounterMetricFamily(
+        "ipsecq_worker_busy_seconds", "Time spent on batches of packets: its rate is the worker's utilisation.",
+        labels=["worker"],
+    )  # fmt: skip
     batches = CounterMetricFamily("ipsecq_worker_batches", "Batches of packets read.", labels=["worker"])
+    packets = CounterMetricFamily(
+        "ipsecq_worker_packets", "Packets that the worker looked at.", labels=["worker", "direction"]
+    )
     beats = CounterMetricFamily("ipsecq_worker_heartbeats", "Rounds of the worker's loop.", labels=["worker"])
-    length = GaugeMetricFamily("ipsecq_queue_length", "Packets that wait in the kernel's queue.", labels=["worker"])
+    length = GaugeMetricFamily("ipsecq_queue_length", "Packets that wait in the kernel's queues.", labels=["worker"])
     dropped = CounterMetricFamily(
-        "ipsecq_queue_dropped", "Packets that the kernel dropped before a worker saw them.", labels=["worker", "kind"]
+        "ipsecq_queue_dropped",
+        "Packets lost between kernel and worker: queue_full and socket_full, dropped by the kernel; truncated, cut off"
+        " and dropped by the worker.",
+        labels=["worker", "kind"],
+    )
+    errors = CounterMetricFamily(
+        "ipsecq_queue_errors", "Netlink errors, most of them verdicts for packets that the kernel had dropped.",
+        labels=["worker"],
+    )  # fmt: skip
+    offloads = GaugeMetricFamily(
+        "ipsecq_offload_active",
+        "1: in use. gso: TCP super-packets come whole; coalesce: decapsulated segments are put together.",
+        labels=["worker", "offload"],
+    )
+    latency = HistogramMetricFamily(
+        "ipsecq_packet_seconds", "Time that a packet took in a worker, as the mean of its batch.", labels=["worker"]
     )
     for worker in workers:
-        name = [str(worker.index)]
+        name, counters = [str(worker.index)], worker.counters
         up.add_metric(name, worker.up)
         restarts.add_metric(name, worker.restarts)
-        busy.add_metric(name, worker.counters[Counter.BUSY_NS] / 1e9)
-        batches.add_metric(name, worker.counters[Counter.BATCHES])
-        beats.add_metric(name, worker.counters[Counter.HEARTBEAT])
+        busy.add_metric(name, counters[Counter.BUSY_NS] / 1e9)
+        batches.add_metric(name, counters[Counter.BATCHES])
+        packets.add_metric([*name, "in"], counters[Counter.IN_PACKETS])
+        packets.add_metric([*name, "out"], counters[Counter.OUT_PACKETS])
+        beats.add_metric(name, counters[Counter.HEARTBEAT])
         length.add_metric(name, worker.queue_length)
         dropped.add_metric([*name, "queue_full"], worker.queue_full_drops)
         dropped.add_metric([*name, "socket_full"], worker.socket_full_drops)
-    yield from (up, restarts, busy, batches, beats, length, dropped)
+        dropped.add_metric([*name, "truncated"], counters[Counter.QUEUE_TRUNCATED])
+        errors.add_metric(name, counters[Counter.QUEUE_ERRORS] + counters[Counter.ENOBUFS])
+        for offload in Offload:
+            offloads.add_metric([*name, str(offload.name).lower()], bool(counters[Counter.OFFLOADS] & offload))
+        buckets, running = [], 0
+        for index, bound in enumerate((*HISTOGRAM_BOUNDS, float("inf"))):
+            running += counters[HISTOGRAM_BASE + index]
+            buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(running)))
+        latency.add_metric(name, buckets, counters[HISTOGRAM_SUM_NS] / 1e9)
+    yield from (up, restarts, busy, batches, packets, beats, length, dropped, errors, offloads, latency)
 
 
-def _associations(snapshot: Snapshot) -> Iterator[Metric]:
-    yield GaugeMetricFamily("ipsecq_sas", "SAs in the SAD, whether or not they have series.", value=snapshot.sa_count)
-    info = InfoMetricFamily(
-        "ipsecq_sa",
-        "One SA: join on spi, protocol and dst.",
-        labels=_SA_ID,
-    )
+def _peers(peers: Iterable[PeerSample]) -> Iterator[Metric]:
+    labels = ["peer", "direction"]
     counted = {
-        name: CounterMetricFamily(f"ipsecq_sa_{name}", help_text, labels=_SA_ID)
+        name: CounterMetricFamily(f"ipsecq_peer_{name}", help_text, labels=labels)
         for name, help_text in (
-            ("packets", "Packets that the SA protected or opened."),
-            ("bytes", "Bytes that the SA protected or opened."),
-            ("auth_failures", "Packets whose ICV was wrong."),
-            ("replays", "Packets that were replayed or too old."),
-            ("drops", "Other drops on account of the SA."),
+            ("packets", "Packets of all SAs with the peer, former ones included."),
+            ("bytes", "Bytes of all SAs with the peer, former ones included."),
+            ("auth_failures", "Packets with the peer's SPIs whose ICV was wrong."),
+            ("replays", "Packets of the peer that were replayed or too old."),
+            ("drops", "Other drops on account of SAs with the peer."),
         )
     }
-    slots = dict(zip(counted, (Slot.PACKETS, Slot.BYTES, Slot.BADAUTH, Slot.REPLAY, Slot.DROPS), strict=True))
-    used = GaugeMetricFamily(
-        "ipsecq_sa_sequence_used_ratio", "Share of the SA's sequence numbers that is used up.", labels=_SA_ID
-    )
+    sas = GaugeMetricFamily("ipsecq_peer_sas", "SAs with the peer.", labels=labels)
     last_use = GaugeMetricFamily(
-        "ipsecq_sa_last_use_timestamp_seconds", "Unix time of the last packet, 0 before it.", labels=_SA_ID
+        "ipsecq_peer_last_use_timestamp_seconds",
+        "Unix time of the last packet to or from the peer, 0 before it.",
+        labels=labels,
     )
-    state = GaugeMetricFamily("ipsecq_sa_state", "0 larval, 1 mature, 2 dying, 3 dead.", labels=_SA_ID)
-    refused = GaugeMetricFamily(
-        "ipsecq_sa_refused", "1: the SA must not send, what it sent before is not known.", labels=_SA_ID
-    )
-    for sample in snapshot.sas:
-        identity = _identity(sample)
-        info.add_metric(identity, _information(sample))
+    for peer in peers:
+        identity = [peer.peer, peer.direction]
         for name, family in counted.items():
-            family.add_metric(identity, sample.words[slots[name]])
-        limit = (1 << 64) if sample.sa.esn else (1 << 32)
-        used.add_metric(identity, sample.words[Slot.SEQUENCE] / limit)
-        last_use.add_metric(identity, sample.words[Slot.LAST_USE])
-        judged = sample.words[Slot.STATE] or sample.sa.state
-        state.add_metric(identity, max(judged, SaState(sample.sa.state)))
-        refused.add_metric(identity, sample.refused)
-    yield info
+            family.add_metric(identity, getattr(peer, name))
+        sas.add_metric(identity, peer.sas)
+        last_use.add_metric(identity, peer.last_use)
     yield from counted.values()
-    yield from (used, last_use, state, refused)
+    yield from (sas, last_use)
 
 
-def _identity(sample: SaSample) -> list[str]:
-    return [f"0x{sample.sa.spi:08x}", Protocol(sample.sa.protocol).name.lower(), _address(sample.sa.dst)]
-
-
-def _information(sample: SaSample) -> dict[str, str]:
-    sa = sample.sa
-    return {
-        "src": _address(sa.src),
-        "mode": Mode(sa.mode).name.lower(),
-        "reqid": str(sa.reqid),
-        "direction": sample.direction,
-        "encryption": sa.encryption or "",
-        "authentication": sa.authentication or "",
-        "compression": sa.compression or "",
-    }
-
-
-def _address(packed: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+def _tunnels(tunnels: Iterable[TunnelSample]) -> Iterator[Metric]:
+    up = GaugeMetricFamily(
+        "ipsecq_tunnel_up",
+        "1: every SA that policies require between these ends is there, both ways, and may be used.",
+        labels=["local", "peer"],
+    )
+    for tunnel in tunnels:
+        up.add_metric([tunnel.local, tunnel.peer], tunnel.up)
+    yield up

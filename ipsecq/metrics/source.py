@@ -23,6 +23,9 @@ class WorkerSample:
     """Packets that the kernel dropped because the queue was full."""
     socket_full_drops: int = 0
     """Packets that the kernel dropped because the socket buffer was full."""
+    pid: int = 0
+    queue: int = 0
+    """Number of its NFQUEUE.  A worker that takes super-packets has a second queue, whose figures are added."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -33,6 +36,43 @@ class SaSample:
     words: Sequence[int]
     direction: str = ""
     refused: bool = False
+    successor: bool = False
+    """A younger SA of the same kind (protocol, mode, ends, reqid) is there to take over."""
+    problem: str = ""
+    """Why it refuses to send, for people."""
+
+
+@dataclass(slots=True, frozen=True)
+class PeerSample:
+    """One peer and direction: the sums over all its SAs, those that are gone included.  Counters never go back."""
+
+    peer: str
+    """Its address; ``other`` for all beyond the limit."""
+    direction: str
+    packets: int
+    bytes: int
+    auth_failures: int
+    replays: int
+    drops: int
+    sas: int
+    """SAs that count for it now."""
+    last_use: float
+    """Unix time, 0 before the first packet."""
+
+
+@dataclass(slots=True, frozen=True)
+class TunnelSample:
+    """A pair of tunnel ends that policies name."""
+
+    local: str
+    peer: str
+    up: bool
+    """Every SA that the policies require is there, in both directions, and may be used."""
+    missing: str = ""
+    """What is not there, for people."""
+    networks: tuple[tuple[str, str], ...] = ()
+    """(behind us, behind the peer), by the outbound policies' selectors."""
+    fail_open: bool = False
 
 
 @dataclass(slots=True, frozen=True)
@@ -42,9 +82,16 @@ class Snapshot:
     workers: Sequence[WorkerSample] = ()
     sas: Sequence[SaSample] = ()
     """The first ``sa_limit`` of them."""
-    sa_count: int = 0
+    sa_states: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    """Number of SAs by (protocol, direction, state), all of them."""
+    peers: Sequence[PeerSample] = ()
+    tunnels: Sequence[TunnelSample] = ()
+    tunnel_count: int = 0
+    """All of them; ``tunnels`` are the first ``peer_limit``."""
     policies: dict[str, int] = field(default_factory=dict)
     """Number of policies by direction."""
+    time: float = 0.0
+    """Unix time at which the snapshot was taken."""
     reloads: int = 0
     reload_failures: int = 0
     reload_success: bool = True
@@ -55,6 +102,13 @@ class Snapshot:
     fail_open: int = 0
     """Policies (or, with queue_bypass, all) that let packets pass in clear when nobody serves them."""
     mechanism: str = ""
+    devices: Sequence[str] = ()
+    """Devices with an egress chain of ours."""
+
+    @property
+    def sa_count(self) -> int:
+        """SAs in the SAD."""
+        return sum(self.sa_states.values())
 
     def counters(self) -> list[int]:
         """The workers' words, summed."""

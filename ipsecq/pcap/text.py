@@ -26,7 +26,6 @@ _REASONS: Final = {
     Counter.IP_FRAGMENT: "a fragment, which transport mode cannot protect",
     Counter.IP_TOOBIG: "too long for the MTU, and must not be fragmented",
     Counter.OUT_DISCARD: "the policy says discard",
-    Counter.OUT_BUNDLESA: "the SA bundle cannot be built",
     Counter.IN_INVAL: "outer ECN says congestion, inner packet cannot (RFC 6040)",
     Counter.IN_TOODEEP: "too many headers inside each other",
     Counter.ESP_HDROPS: "too short for ESP",

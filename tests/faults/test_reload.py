@@ -38,7 +38,7 @@ def test_a_broken_file_is_refused_with_its_place_and_a_good_one_adds_a_tunnel_an
             status = gateway.status()
             assert (status["sa_count"], status["policy_count"]) == (2, 2)
             assert status["reload"]["success"] is False
-            assert gateway.metric("ipsecq_config_last_reload_successful") == 0
+            assert "\nipsecq_reload_last_success 0.0\n" in gateway.metrics_text()
         flow.goes_on()
         for gateway, site in zip(world.gateways, world.network.sites, strict=True):
             gateway.policy.write_text(before[gateway] + without_flush(more.setkey(site)))

@@ -1,22 +1,28 @@
 """Metrics: true figures, small labels, names that promtool accepts, no keys."""
 
+import gzip
 import shutil
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ipsecq.counters import COUNTERS_WORDS, FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter
+from ipsecq.counters import COUNTERS_WORDS, FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Offload
 from ipsecq.errors import DaemonError
 from ipsecq.metrics.collector import IpsecqCollector
+from ipsecq.metrics.exposition import render
+from ipsecq.metrics.netstat import SECTIONS
+from ipsecq.metrics.reasons import DROPS, REASONS
 from ipsecq.metrics.server import MAX_CLIENTS, MetricsServer
-from ipsecq.metrics.source import SaSample, Snapshot, WorkerSample
+from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.numbers import Mode, Protocol
-from ipsecq.sa.association import SLOT_HEADER_WORDS, SecurityAssociation, Slot
+from ipsecq.sa.association import SLOT_HEADER_WORDS, Lifetime, SecurityAssociation, Slot
 from ipsecq.secret import Key
 
 
@@ -37,21 +43,27 @@ def page(**values):
 
 def sample():
     sa = SecurityAssociation(
-        Protocol.ESP, 0x1001, b"\xc0\0\2\1", b"\xc6\x33\x64\1", Mode.TUNNEL, 7, "aes-gcm-16", Key(b"K" * 20)
-    )
+        Protocol.ESP, 0x1001, b"\xc0\0\2\1", b"\xc6\x33\x64\1", Mode.TUNNEL, 7, "aes-gcm-16", Key(b"K" * 20),
+        soft=Lifetime(addtime=50), hard=Lifetime(bytes=1000, addtime=60, usetime=100), created=1e9,
+    )  # fmt: skip
     words = [0] * SLOT_HEADER_WORDS
     words[Slot.PACKETS], words[Slot.BYTES], words[Slot.SEQUENCE], words[Slot.REPLAY] = 5, 700, 1 << 31, 2
     return SaSample(sa, words, "out")
 
 
 def full():
-    first, second = page(IN_PACKETS=3, ESP_REPLAY=2, BUSY_NS=2_000_000_000), page(IN_PACKETS=4, FLOW_HIT=9)
+    first = page(IN_PACKETS=3, ESP_REPLAY=2, BUSY_NS=2_000_000_000)
+    second = page(IN_PACKETS=4, FLOW_HIT=9, QUEUE_TRUNCATED=6, OFFLOADS=Offload.COALESCE)
     first[HISTOGRAM_BASE] = 10
     first[HISTOGRAM_BASE + 3] = 5
     second[HISTOGRAM_BASE + len(HISTOGRAM_BOUNDS)] = 1
     first[HISTOGRAM_SUM_NS] = 500_000_000
     workers = (WorkerSample(0, True, 1, first, 12, 3, 4), WorkerSample(1, False, 0, second))
-    return Snapshot(workers, (sample(),), 1, {"in": 1, "out": 2}, started=1e9, reload_time=1e9, mechanism="native")
+    return Snapshot(
+        workers, (sample(),), {("esp", "out", "mature"): 1}, (PeerSample("198.51.100.1", "out", 9, 900, 1, 2, 3, 1, 1e9),),
+        (TunnelSample("192.0.2.1", "198.51.100.1", False, "no inbound ESP SA"),), 1, {"in": 1, "out": 2},
+        time=1000000030.0, started=1e9, reload_time=1e9, mechanism="native",
+    )  # fmt: skip
 
 
 def text(snapshot):
@@ -81,14 +93,17 @@ def test_workers_are_summed():
 def test_every_drop_reason_has_a_series_from_the_start():
     reasons = {labels[0][1] for name, labels in values(Snapshot()) if name == "ipsecq_drops_total"}
     assert reasons == {counter.name.lower() for counter in Counter if FIRST_DROP <= counter < 128}
+    assert set(REASONS) == set(DROPS)
 
 
 def test_the_histogram_is_cumulative():
-    assert value("ipsecq_packet_seconds_bucket", le="1e-06") == 10
-    assert value("ipsecq_packet_seconds_bucket", le="1e-05") == 15
-    assert value("ipsecq_packet_seconds_bucket", le="+Inf") == 16
-    assert value("ipsecq_packet_seconds_count") == 16
-    assert value("ipsecq_packet_seconds_sum") == 0.5
+    assert value("ipsecq_packet_seconds_bucket", worker="0", le="1e-06") == 10
+    assert value("ipsecq_packet_seconds_bucket", worker="0", le="1e-05") == 15
+    assert value("ipsecq_packet_seconds_bucket", worker="0", le="+Inf") == 15
+    assert value("ipsecq_packet_seconds_count", worker="0") == 15
+    assert value("ipsecq_packet_seconds_sum", worker="0") == 0.5
+    assert value("ipsecq_packet_seconds_bucket", worker="1", le="0.1") == 0
+    assert value("ipsecq_packet_seconds_count", worker="1") == 1
 
 
 def test_workers_and_queues():
@@ -98,6 +113,51 @@ def test_workers_and_queues():
     assert value("ipsecq_queue_length", worker="0") == 12
     assert value("ipsecq_queue_dropped_total", worker="0", kind="queue_full") == 3
     assert value("ipsecq_queue_dropped_total", worker="0", kind="socket_full") == 4
+    assert value("ipsecq_queue_dropped_total", worker="1", kind="truncated") == 6
+    assert value("ipsecq_offload_active", worker="1", offload="gso") == 0
+    assert value("ipsecq_offload_active", worker="1", offload="coalesce") == 1
+    assert value("ipsecq_worker_packets_total", worker="1", direction="in") == 4
+
+
+def test_everything_that_netstat_reports_is_a_metric():
+    shown = {counter for lines in SECTIONS.values() for _, summed in lines for counter in summed}
+    each = {counter: number for number, counter in enumerate(sorted(shown), start=1000)}
+    words = page(**{counter.name: number for counter, number in each.items()})
+    exported = set(values(Snapshot((WorkerSample(0, True, 0, words),))).values())
+    assert {counter.name for counter, number in each.items() if number not in exported} == set()
+    assert len(set(each.values()) & exported) == len(shown)
+
+
+def test_a_peer_and_a_tunnel():
+    peer = {"peer": "198.51.100.1", "direction": "out"}
+    assert value("ipsecq_peer_packets_total", **peer) == 9
+    assert value("ipsecq_peer_auth_failures_total", **peer) == 1
+    assert value("ipsecq_peer_sas", **peer) == 1
+    assert value("ipsecq_tunnel_up", local="192.0.2.1", peer="198.51.100.1") == 0
+    assert value("ipsecq_sas", protocol="esp", direction="out", state="mature") == 1
+
+
+def test_expiry_is_there_when_a_limit_is_and_the_nearest_limit_says_how_near():
+    identity = {"spi": "0x00001001", "protocol": "esp", "dst": "198.51.100.1"}
+    assert value("ipsecq_sa_soft_expiry_timestamp_seconds", **identity) == 1e9 + 50
+    assert value("ipsecq_sa_hard_expiry_timestamp_seconds", **identity) == 1e9 + 60
+    assert value("ipsecq_sa_lifetime_used_ratio", **identity) == 0.7  # bytes; time is at 0.5
+    unlimited = replace(sample().sa, soft=Lifetime(), hard=Lifetime())
+    found = values(Snapshot(sas=(SaSample(unlimited, sample().words),)))
+    assert not [name for name, _ in found if "expiry" in name]
+    assert found["ipsecq_sa_lifetime_used_ratio", tuple(sorted(identity.items()))] == 0.5  # sequence numbers
+
+
+def test_the_fast_text_says_what_the_collector_says():
+    def parsed(octets):
+        return {
+            (family.name, family.type, family.documentation): sorted(
+                (each.name, sorted(each.labels.items()), each.value) for each in family.samples
+            )
+            for family in text_string_to_metric_families(octets)
+        }
+
+    assert parsed(render(full()).decode()) == parsed(text(full()))
 
 
 def test_an_sa_is_three_labels_and_one_info_series():
@@ -137,6 +197,20 @@ def server():
 def test_the_endpoint_serves_the_families(server):
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
         assert b'ipsecq_packets_total{direction="in"} 7.0' in answer.read()
+
+
+def test_the_answer_is_packed_for_those_who_ask_for_it(server):
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert answer.headers["Content-Encoding"] == "gzip"
+        assert gzip.decompress(answer.read()) == render(full())
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [("/x", "GET", 404), ("/metrics", "POST", 405)])
+def test_anything_else_is_refused(server, path, method, status):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", method=method), timeout=5)
+    assert caught.value.status == status
 
 
 def test_clients_that_say_nothing_do_not_block_others_for_long(server):
