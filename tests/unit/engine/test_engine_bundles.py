@@ -39,6 +39,14 @@ def test_a_bundle_opens_in_both_directions(name: str, inner: int) -> None:
             assert left.receive(right.send(back)[1][0]) == (Fate.DONE, [back])
 
 
+def test_packets_that_take_more_than_one_sa_are_counted_as_bundled() -> None:
+    for steps, bundled in (([Step(ESP, "gcm", 4)], 0), ([Step(ESP, "gcm"), Step(AH, "sha256", 4)], 3)):
+        left, _ = pair(steps)
+        for _ in range(3):
+            left.send(udp(*HOSTS[4], bytes(100)))
+        assert left.tables.counters[Counter.OUT_BUNDLESA] == bundled
+
+
 def test_headers_are_in_the_order_of_the_policy() -> None:
     left, _ = pair([Step(ESP, "gcm"), Step(AH, "sha256"), Step(ESP, "null", 6)])
     _, wire = left.send(udp(*HOSTS[4], bytes(100)))
