@@ -13,7 +13,8 @@ export PYTHON
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
-PACKAGES_TEST  := $(PACKAGES_LAB) systemd groff-base conntrack tshark user-mode-linux kmod
+PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
+PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) systemd groff-base conntrack tshark user-mode-linux kmod
 
 .PHONY: help demo test check fuzz bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
 

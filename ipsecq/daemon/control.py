@@ -43,7 +43,7 @@ class ControlServer:
         self._group = group
         self._handler = handler
         self._server: asyncio.Server | None = None
-        self._clients = 0
+        self._clients: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen.  Raises DaemonError; the caller holds the lock of the run directory, so an old socket is nobody's."""
@@ -64,29 +64,41 @@ class ControlServer:
         self._server = await asyncio.start_unix_server(self._client, sock=sock, limit=MAX_REQUEST)
 
     async def close(self) -> None:
-        """Stop listening and remove the socket."""
+        """Stop listening, break off with the clients that are still there, and remove the socket."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
+        for task in self._clients:
+            task.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
+        task = asyncio.current_task()
+        assert task is not None  # asyncio made one for this client
+        self._clients.add(task)
         try:
-            if self._clients > MAX_CLIENTS:
+            if len(self._clients) > MAX_CLIENTS:
                 answer = _refusal(DaemonError("the control socket is busy: try again"))
+                # A socket that closes with something unread in it takes the answer away from its client.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await reader.readline()
             else:
                 answer = await self._answer(reader, writer)
             writer.write(answer)
-            await asyncio.wait_for(writer.drain(), PATIENCE)
+            # Not wait_for: it makes a task, and one that never begins complains when the loop ends with the daemon.
+            async with asyncio.timeout(PATIENCE):
+                await writer.drain()
         except (OSError, TimeoutError, ValueError):
             # Gone, too slow, or a line without end: nothing is owed to it.
             writer.transport.abort()
         finally:
-            self._clients -= 1
+            self._clients.discard(task)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-        line = await asyncio.wait_for(reader.readline(), PATIENCE)
+        async with asyncio.timeout(PATIENCE):
+            line = await reader.readline()
         try:
             request = json.loads(line)
             command = str(request["command"])

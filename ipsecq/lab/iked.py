@@ -7,13 +7,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from ipsecq.lab.certificates import Authority
 from ipsecq.lab.gateway import Gateway
 from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.topology import Network, Site
 
 SECRET: Final = "mekmitasdigoat"  # noqa: S105  # the lab's, known to all
+CERTIFICATES: Final = "rfc7427"
+"""Authentication by certificates, signed as RFC 7427 says."""
 CHILD: Final = "childsa enc aes-256 auth hmac-sha2-512"
 """What openiked has on Linux: neither HMAC-SHA2-256 (old kernels cut it to 96 bits) nor AES-GCM (af_key has none)."""
 
@@ -25,12 +29,13 @@ def missing() -> str:
 
 def configuration(
     near: Site, far: Site, *, active: bool, version: int = 4, lifetime: int = 0, child: str = CHILD, extra: str = "",
-    prefix: str = "", peer: str = "",
+    prefix: str = "", peer: str = "", authentication: str = f'psk "{SECRET}"',
 ) -> str:  # fmt: skip
-    """An ``iked.conf`` for one end: everything between the two LANs, pre-shared key, named by host.
+    """An ``iked.conf`` for one end: everything between the two LANs, named by host.
 
     ``lifetime``: seconds after which child SAs are replaced (0: iked's default); ``prefix``: global lines before;
-    ``peer``: what stands for the other end's address (``any`` where a NAT hides it).
+    ``peer``: what stands for the other end's address (``any`` where a NAT hides it); ``authentication``: a pre-shared
+    key, or :data:`CERTIFICATES`.
     """
     text = (
         f'ikev2 "lans" {"active" if active else "passive"} esp from {near.lan(version)} to {far.lan(version)} '
@@ -38,7 +43,16 @@ def configuration(
     )
     if lifetime:
         text += f"lifetime {lifetime} bytes 100G "
-    return f'{prefix}\n{text}psk "{SECRET}" {extra}\n'
+    return f"{prefix}\n{text}{authentication} {extra}\n"
+
+
+def identity(directory: Path, authority: Authority, name: str) -> Path:
+    """A directory that can stand for iked's /etc/iked: the CA, and the key pair of host ``name``."""
+    for below in ("ca", "certs", "crls", "private", "pubkeys/fqdn"):
+        (directory / below).mkdir(parents=True, exist_ok=True)
+    authority.write(directory / "ca" / "ca.crt")
+    authority.issue(name, directory / "certs" / f"{name}.crt", directory / "private" / "local.key")
+    return directory
 
 
 @dataclass
@@ -47,6 +61,8 @@ class Iked:
 
     gateway: Gateway
     config: str
+    identity: Path | None = None
+    """What it sees as /etc/iked; None: the machine's own."""
     process: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -58,8 +74,13 @@ class Iked:
         """Start it under ``ipsecq exec``; it ends with the lab at the latest."""
         self.file.write_text(self.config)
         self.file.chmod(0o600)
+        before = []
+        if self.identity is not None:
+            # Its paths are built in: a mount of its own puts the lab's keys there.
+            mount = f'mount --bind {self.identity} /etc/iked && exec "$@"'
+            before = ["unshare", "--mount", "sh", "-c", mount, "sh"]
         self.process = self.gateway.space.popen(
-            sys.executable, "-m", "ipsecq", "exec", "--config", str(self.gateway.config), "--",
+            *before, sys.executable, "-m", "ipsecq", "exec", "--config", str(self.gateway.config), "--",
             "iked", "-dvv", "-s", str(self.control), "-f", str(self.file), *options,
             log=self.log,
         )  # fmt: skip
@@ -114,9 +135,15 @@ def start_pair(
     for gateway in gateways:
         gateway.start()
     one, two = network.sites
+    identities: list[Path | None] = [None, None]
+    if words.get("authentication") == CERTIFICATES:
+        authority = Authority()
+        identities = [identity(each.directory / "iked", authority, f"gw{n}") for n, each in enumerate(gateways, 1)]
     daemons = [
-        Iked(gateways[1], configuration(two, one, active=False, peer="any" if nat else "", **words)).start(),
-        Iked(gateways[0], configuration(one, two, active=True, **words)).start(),
+        Iked(
+            gateways[1], configuration(two, one, active=False, peer="any" if nat else "", **words), identities[1]
+        ).start(),
+        Iked(gateways[0], configuration(one, two, active=True, **words), identities[0]).start(),
     ][::-1]
     if wait:
         wait_for(lambda: all(len(sas(gateway)) >= 2 for gateway in gateways), "SAs at both ends", 20)

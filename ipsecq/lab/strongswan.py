@@ -56,7 +56,7 @@ class StrongswanLibipsec:
 
     def missing(self) -> str:
         """Needs Debian's charon-systemd, strongswan-swanctl and libcharon-extra-plugins."""
-        if _charon() and PLUGIN.exists() and shutil.which("swanctl"):
+        if charon() and PLUGIN.exists() and shutil.which("swanctl"):
             return ""
         return "needs Debian packages charon-systemd strongswan-swanctl libcharon-extra-plugins"
 
@@ -82,12 +82,12 @@ class StrongswanLibipsec:
         space = near.gateway
         directory = space.lab.directory / f"charon-{near.number}"
         directory.mkdir()
-        charon = _charon()
-        text = _DAEMON.format(section=Path(charon).name, directory=directory)
+        program = charon()
+        text = _DAEMON.format(section=Path(program).name, directory=directory)
         (directory / "strongswan.conf").write_text(text)
         (directory / "swanctl.conf").write_text(_CONNECTION.format(near=near, far=far, secret=secret))
         space.popen(
-            "unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs /run && exec {charon}",
+            "unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs /run && exec {program}",
             log=directory / "log", env={"STRONGSWAN_CONF": str(directory / "strongswan.conf")},
         )  # fmt: skip
         wait_for((directory / "vici").exists, "charon's vici socket")
@@ -97,5 +97,6 @@ class StrongswanLibipsec:
         )
 
 
-def _charon() -> str:
+def charon() -> str:
+    """Path of the charon that is installed; empty when none is."""
     return next((path for path in CHARONS if Path(path).exists()), "")

@@ -1,6 +1,7 @@
 """The control socket: for root and a group, bounded, and no client holds up another."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -53,6 +54,26 @@ def test_the_daemons_own_error_arrives_with_code_and_exit_status(path):
     with pytest.raises(ControlError, match="unknown oid") as caught:
         ask(path, "fail")
     assert (caught.value.code, caught.value.exit_status) == ("sysctl", 1)
+
+
+def test_a_daemon_that_ends_right_after_an_answer_leaves_nothing_unfinished(tmp_path):
+    """The loop stops in the very step in which the answer has gone out: what that step began must be over."""
+    loop = asyncio.new_event_loop()
+    server = ControlServer(tmp_path / "c", "", handler)
+    loop.run_until_complete(server.start())
+    before = asyncio.all_tasks(loop)
+    with raw(tmp_path / "c") as client:
+        client.sendall(b'{"command": "status"}\n')
+        client.setblocking(False)
+        answer = b""
+        while not answer:
+            loop.call_soon(loop.stop)
+            loop.run_forever()  # one step
+            with contextlib.suppress(BlockingIOError):
+                answer = client.recv(4096)
+    assert asyncio.all_tasks(loop) - before == set()
+    loop.run_until_complete(server.close())
+    loop.close()
 
 
 def test_nobody_else_may_open_the_socket(path):

@@ -34,16 +34,17 @@ def unit():
     return {name: {key: value.split("\n") for key, value in parser[name].items()} for name in parser.sections()}
 
 
-def analyze(tmp_path, *argv):
-    """systemd-analyze over the unit with a program in ExecStart= that is there on this machine, too."""
-    there = tmp_path / "ipsecq.service"
-    there.write_text(UNIT.read_text().replace("/usr/local/bin/ipsecq", sys.executable))
-    return subprocess.run(["systemd-analyze", *argv, str(there)], capture_output=True, text=True, check=False)
+def analyze(tmp_path, *argv, unit="ipsecq.service"):
+    """systemd-analyze over a unit with a program in ExecStart= that is there on this machine, too."""
+    for each in UNIT.parent.glob("*.service"):
+        (tmp_path / each.name).write_text(each.read_text().replace("/usr/local/bin/ipsecq", sys.executable))
+    return subprocess.run(["systemd-analyze", *argv, str(tmp_path / unit)], capture_output=True, text=True, check=False)
 
 
 @needs_analyze
-def test_verify_has_nothing_to_say(tmp_path):
-    done = analyze(tmp_path, "verify")
+@pytest.mark.parametrize("name", sorted(each.name for each in UNIT.parent.glob("*.service")))
+def test_verify_has_nothing_to_say(tmp_path, name):
+    done = analyze(tmp_path, "verify", unit=name)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -92,3 +93,9 @@ def test_paths_are_those_of_make_install(unit):
     assert unit["Service"]["ExecStart"] == ["/usr/local/bin/ipsecq run --config /etc/ipsecq/ipsecq.toml"]
     assert "/opt/ipsecq" in unit["Unit"]["RequiresMountsFor"][0]
     assert "useradd --system --gid ipsecq" in (CI / "install").read_text()
+
+
+def test_the_distributions_own_iked_never_runs_beside_ours():
+    text = UNIT.with_name("ipsecq-iked.service").read_text()
+    assert "Conflicts=openiked.service\n" in text
+    assert "Requires=ipsecq.service\nPartOf=ipsecq.service\nAfter=ipsecq.service" in text
