@@ -76,6 +76,24 @@ class _Aead:
         except InvalidTag:
             return None
 
+    def open_run(self, packets: Sequence[Buffer], offset: int, high: bytes) -> list[bytes]:
+        """The plaintexts of ESP packets that all start at ``offset``, up to the first one that is not authentic."""
+        decrypt, salt = self._decrypt, self._salt
+        iv, body = offset + 8, offset + 16
+        opened: list[bytes] = []
+        append = opened.append
+        try:
+            if high:
+                for packet in packets:
+                    aad = b"".join((packet[offset : offset + 4], high, packet[offset + 4 : iv]))
+                    append(decrypt(salt + packet[iv:body], packet[body:], aad))
+            else:
+                for packet in packets:
+                    append(decrypt(salt + packet[iv:body], packet[body:], packet[offset:iv]))
+        except InvalidTag:
+            pass
+        return opened
+
 
 class GcmCipher(_Aead):
     """AES-GCM with a 16-octet ICV (RFC 4106)."""

@@ -32,7 +32,7 @@ from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
 from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
-from ipsecq.engine.inbound import Inbound
+from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.engine.outbound import Outbound
 from ipsecq.engine.tables import Tables
 from ipsecq.errors import IpsecqError, NetfilterError, StateError
@@ -145,7 +145,7 @@ class Worker:
             output,
             enc0,
             Outbound(tables, path_mtu.mtu_of, path_mtu.source_for),
-            Inbound(tables),
+            InboundRuns(tables, unite=setup.coalesce),
             cast("MutableSequence[int]", self._counters),
             mark_stolen=setup.mark_stolen,
             path_mtu=path_mtu,

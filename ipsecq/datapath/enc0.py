@@ -21,7 +21,8 @@ from typing import Final
 from ipsecq.datapath.rtnetlink import add_host_address
 from ipsecq.errors import DaemonError
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.coalesce import coalesce
+from ipsecq.packet.coalesce import Run, coalesce
+from ipsecq.packet.segments import split
 
 TUNSETIFF: Final = 0x400454CA
 TUNSETPERSIST: Final = 0x400454CB
@@ -40,6 +41,11 @@ IFF_UP: Final = 1
 VIRTIO_NET_HDR_F_NEEDS_CSUM: Final = 1
 VIRTIO_NET_HDR_GSO_TCPV4: Final = 1
 VIRTIO_NET_HDR_GSO_TCPV6: Final = 4
+VIRTIO_NET_HDR_GSO_UDP_L4: Final = 5
+TUN_F_CSUM: Final = 1
+TUN_F_USO: Final = 0x20 | 0x40
+"""UDP super-packets of either family, from Linux 6.2 on."""
+UDP: Final = 17
 
 MTU: Final = 65535
 """Longest datagram there is.  What we write is not measured against the MTU, and the MSS of flows through the gateway
@@ -148,6 +154,16 @@ def _read_sysctl(name: str) -> str | None:
         return None
 
 
+def _takes_datagrams(descriptor: int) -> bool:
+    """Whether this kernel's TUN knows UDP super-packets: then it could send us some, if we wanted them."""
+    try:
+        fcntl.ioctl(descriptor, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_USO)
+    except OSError:
+        return False
+    fcntl.ioctl(descriptor, TUNSETOFFLOAD, 0)
+    return True
+
+
 class Enc0:
     """One worker's queue of the device: packets written here arrive at the kernel from ``name``.
 
@@ -168,6 +184,8 @@ class Enc0:
         self.errors: dict[int, int] = {}
         self.discarded = 0
         self.fd = _open(name, vnet_hdr)
+        self.datagrams = vnet_hdr and _takes_datagrams(self.fd)
+        """The kernel takes UDP super-packets."""
 
     def write(self, packets: Sequence[Buffer]) -> int:
         """Give whole packets to the kernel; returns how many it took, failures are counted by errno.
@@ -177,6 +195,21 @@ class Enc0:
         """
         if len(packets) > 1 and self.coalescing:
             return self._write_runs(packets)
+        return self._write_each(packets)
+
+    def write_all(self, packets: Sequence[Buffer], runs: Sequence[tuple[int, Run]]) -> int:
+        """Write packets and runs, each run behind as many of the packets as its number says; how many were taken."""
+        taken = start = 0
+        for place, run in runs:
+            if place > start:
+                taken += self.write(packets[start:place])
+                start = place
+            taken += self.write_run(run)
+        if start < len(packets):
+            taken += self.write(packets[start:] if start else packets)
+        return taken
+
+    def _write_each(self, packets: Sequence[Buffer]) -> int:
         fd, taken = self.fd, 0
         if self.vnet_hdr:
             writev, plain = os.writev, _PLAIN
@@ -198,32 +231,51 @@ class Enc0:
 
     def _write_runs(self, packets: Sequence[Buffer]) -> int:
         runs = coalesce(packets)
-        self.coalesced += len(packets) - len(runs)
         lost = 0
-        for parts, size, header, offset, version in runs:
-            if size:
-                if not self.write_coalesced(parts, version=version, offset=offset, header=header, size=size):
-                    lost += -(-(sum(map(len, parts)) - header) // size)
+        for run in runs:
+            if run.size:
+                lost += run.number - self.write_run(run)
                 continue
             try:
-                os.writev(self.fd, (_PLAIN, parts[0]))
+                os.writev(self.fd, (_PLAIN, run.parts[0]))
             except OSError as error:
                 self._count(error)
                 lost += 1
         return len(packets) - lost
 
-    def write_coalesced(self, parts: Sequence[Buffer], *, version: int, offset: int, header: int, size: int) -> bool:
-        """Give a TCP super-packet to the kernel, which splits it only where it leaves by a device that cannot.
+    def write_run(self, run: Run) -> int:
+        """Give a run to the kernel as one packet: the number of packets that it took."""
+        if run.protocol == UDP and not self.datagrams:
+            return self._write_datagrams(run)
+        self.coalesced += run.number - 1
+        version, udp = run.version, run.protocol == UDP
+        taken = self.write_coalesced(
+            run.parts, version=version, offset=run.offset, header=run.header, size=run.size, udp=udp
+        )
+        return run.number if taken else 0
+
+    def _write_datagrams(self, run: Run) -> int:
+        """The datagrams of a run one by one, for a kernel that doesn't take them together (before 6.2)."""
+        whole = b"".join(run.parts)
+        return self._write_each(split(whole, run.size))
+
+    def write_coalesced(
+        self, parts: Sequence[Buffer], *, version: int, offset: int, header: int, size: int, udp: bool = False
+    ) -> bool:
+        """Give a TCP (or UDP) super-packet to the kernel, which splits it only where it leaves by a device that cannot.
 
         ``parts``: the packet's octets in order, headers whole in the first; ``version`` 4 or 6; ``offset`` of the TCP
-        header and ``header`` length up to the data; ``size`` of the data of each segment but the last.  The TCP
+        header and ``header`` length up to the data; ``size`` of the data of each segment but the last.  The TCP (UDP)
         checksum field must hold the pseudo header's sum (not complemented, RFC 1071; length of the whole super-packet):
         the segments are trusted, and get their checksums from the device or from the kernel.  False: counted.
         """
         if not self.vnet_hdr:
             raise ValueError("write_coalesced needs a device with vnet_hdr")
-        kind = VIRTIO_NET_HDR_GSO_TCPV4 if version == 4 else VIRTIO_NET_HDR_GSO_TCPV6
-        virtio = _VNET.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, header, size, offset, 16)
+        if udp:
+            kind, field = VIRTIO_NET_HDR_GSO_UDP_L4, 6
+        else:
+            kind, field = VIRTIO_NET_HDR_GSO_TCPV4 if version == 4 else VIRTIO_NET_HDR_GSO_TCPV6, 16
+        virtio = _VNET.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, header, size, offset, field)
         try:
             os.writev(self.fd, (virtio, *parts))
         except OSError as error:

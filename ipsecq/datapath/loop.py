@@ -17,8 +17,9 @@ from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOG
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
+from ipsecq.datapath.inward import FORWARD, InboundEngine, Inward
 from ipsecq.datapath.mtu import PathMtu
-from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
+from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
@@ -41,9 +42,6 @@ EARLY_SECONDS: Final = 2.0
 
 LOG_INTERVAL: Final = 10.0
 """Seconds between two log lines about an engine's exception; the counter counts all of them."""
-
-_FORWARD: Final = 2
-"""NF_INET_FORWARD: from here on (LOCAL_OUT, POST_ROUTING) a packet is on its way out."""
 
 _UNFINISHED: Final = NFQA_SKB_CSUMNOTREADY | NFQA_SKB_GSO
 _BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
@@ -77,7 +75,7 @@ class WorkerLoop:
         output: RawOutput,
         enc0: Enc0 | None,
         engine_out: OutboundEngine,
-        engine_in: Engine,
+        engine_in: InboundEngine,
         counters: MutableSequence[int],
         *,
         mark_stolen: int,
@@ -109,6 +107,7 @@ class WorkerLoop:
         self._plain_queue = plain_queue
         self._sizes = SegmentSizes()
         self._emit = Emissions()
+        self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
         self._stopping = False
         self._identification = 0
         self._next_tick = 0.0
@@ -197,36 +196,34 @@ class WorkerLoop:
         now = self._clock()
         self._path_mtu.advance(now)
         emit = self._emit
-        outbound, inbound = self._engine_out.process, self._engine_in.process
+        outbound = self._engine_out.process
         add_verdict, stolen = queue.add_verdict, self._mark_stolen
         diverted = self._sizes.diverted if queue is not self._plain_queue else None
         if diverted is None:
             for segment in packets:
                 self._sizes.learn(segment[4], now)
+        entered = self._inward.take(packets, now, emit)
         done = 0
         while done < count:
             # One try around many packets; an exception costs its packet and starts the loop again behind it.
             try:
                 for done in range(done, count):  # noqa: B020 (goes on where the last exception was)
                     cookie, hook, mark, info, packet = packets[done]
-                    if diverted and hook >= _FORWARD and flow_of(packet) in diverted:
+                    if hook < FORWARD:
+                        add_verdict(cookie, entered[done])
+                    elif diverted and flow_of(packet) in diverted:
                         self._divert(cookie, packet, whole=bool(info & NFQA_SKB_GSO))
                     elif info & _UNFINISHED:
-                        self._unfinished(cookie, hook, mark, info, packet, now)
-                    elif hook >= _FORWARD:
+                        self._unfinished(cookie, mark, info, packet, now)
+                    else:
                         fate = outbound(packet, now, emit)
                         if fate == 1:  # Fate.DONE
                             add_verdict(cookie, NF_ACCEPT, mark | stolen)
                         else:
                             self._outbound_rest(fate, cookie, mark, packet, now)
-                    elif fate := inbound(packet, now, emit):
-                        if fate == 2:  # Fate.HOLD
-                            self._hold_inbound(packet, now)
-                        add_verdict(cookie, NF_DROP)
-                    else:  # Fate.PASS
-                        add_verdict(cookie, NF_ACCEPT)
             except Exception:
-                self._refuse(packets[done][0], packets[done][1], now)
+                self._refuse(packets[done][1], now)
+                add_verdict(packets[done][0], NF_DROP)
             done += 1
         queue.flush()
         self._send()
@@ -258,30 +255,23 @@ class WorkerLoop:
     def _hold_inbound(self, packet: Buffer, now: float) -> None:
         self._counters[Counter.ESP_NOTDB] += self._early.hold(self._emit.held, bytes(packet), now)
 
-    def _unfinished(self, cookie: int, hook: int, mark: int, info: int, packet: memoryview, now: float) -> None:
-        """A packet that counts on a device's offloads: a super-packet, or one whose checksum is not filled in."""
+    def _unfinished(self, cookie: int, mark: int, info: int, packet: memoryview, now: float) -> None:
+        """An outbound packet that counts on a device's offloads: a super-packet, or one without its checksum."""
         if info & NFQA_SKB_GSO:
-            self._super(cookie, hook, mark, packet, now)
+            self._super(cookie, mark, packet, now)
             return
         whole = complete(packet)
-        if hook < _FORWARD:
-            fate = self._engine_in.process(whole, now, self._emit)
-            self._active.add_verdict(cookie, NF_DROP if fate else NF_ACCEPT)
-            return
         fate = self._engine_out.process(whole, now, self._emit)
         if fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
         else:
             self._outbound_rest(fate, cookie, mark, whole, now)
 
-    def _super(self, cookie: int, hook: int, mark: int, packet: memoryview, now: float) -> None:
+    def _super(self, cookie: int, mark: int, packet: memoryview, now: float) -> None:
         """A super-packet: sealed in one go where its segments' size is known, else cut by the kernel."""
         self._counters[Counter.SUPER_PACKETS] += 1
-        fate = -1
-        if hook >= _FORWARD:
-            size = self._sizes.size_of(packet, flow_of(packet), now)
-            if size:
-                fate = self._engine_out.process_super(packet, size, now, self._emit)
+        size = self._sizes.size_of(packet, flow_of(packet), now)
+        fate = self._engine_out.process_super(packet, size, now, self._emit) if size else -1
         if fate < 0:
             self._divert(cookie, packet, whole=True)
         elif fate == Fate.DONE:
@@ -293,6 +283,15 @@ class WorkerLoop:
         else:
             self._outbound_rest(fate, cookie, mark, packet, now)
 
+    def _divert_inbound(self, packet: memoryview) -> int:
+        """The verdict that gives an inbound super-packet to the plain queue, if there is one."""
+        self._counters[Counter.SUPER_PACKETS] += 1
+        if self._plain_queue is None:
+            self._counters[Counter.OVERLOAD] += 1
+            return NF_DROP
+        self._sizes.divert(packet, None, whole=False)
+        return NF_QUEUE | self._plain_queue.number << 16
+
     def _divert(self, cookie: int, packet: memoryview, *, whole: bool) -> None:
         """Give a packet to the plain queue, if there is one."""
         if self._plain_queue is not None:
@@ -302,11 +301,10 @@ class WorkerLoop:
             self._counters[Counter.OVERLOAD] += 1
             self._active.add_verdict(cookie, NF_DROP)
 
-    def _refuse(self, cookie: int, hook: int, now: float) -> None:
-        """Drop the packet that made the engine raise: a bug of ours must not stop the gateway, nor let it pass."""
-        counter = Counter.OUT_INVAL if hook >= _FORWARD else Counter.IN_INVAL
+    def _refuse(self, hook: int, now: float) -> None:
+        """Count the packet that made the engine raise: a bug of ours must not stop the gateway, nor let it pass."""
+        counter = Counter.OUT_INVAL if hook >= FORWARD else Counter.IN_INVAL
         self._counters[counter] += 1
-        self._active.add_verdict(cookie, NF_DROP)
         if now >= self._next_log:
             self._next_log = now + LOG_INTERVAL
             log.exception("a packet at hook %d made the engine fail; it was dropped (%s)", hook, counter.name)
@@ -323,13 +321,8 @@ class WorkerLoop:
                 if self._output.too_big:
                     sent += self._send_fragments(self._output.too_big)
                 counters[Counter.SEND_FAILED] += len(wire) - sent
-        if emit.inner:
-            taken = 0
-            if self._enc0 is not None:
-                before = self._enc0.coalesced
-                taken = self._enc0.write(emit.inner)
-                counters[Counter.COALESCED] += self._enc0.coalesced - before
-            counters[Counter.INJECT_FAILED] += len(emit.inner) - taken
+        if emit.inner or emit.runs:
+            self._inject()
         if emit.events:
             for event in emit.events:
                 if isinstance(event, PathMtuLearned):
@@ -337,6 +330,16 @@ class WorkerLoop:
             if self._on_events is not None:
                 self._on_events(emit.events)
         emit.clear()
+
+    def _inject(self) -> None:
+        """Give the decapsulated packets to the kernel, in their order."""
+        emit, counters, enc0 = self._emit, self._counters, self._enc0
+        count, taken = len(emit.inner) + sum([run.number for _, run in emit.runs]), 0
+        if enc0 is not None:
+            before = enc0.coalesced
+            taken = enc0.write_all(emit.inner, emit.runs)
+            counters[Counter.COALESCED] += enc0.coalesced - before
+        counters[Counter.INJECT_FAILED] += count - taken
 
     def _send_fragments(self, datagrams: list[bytes]) -> int:
         """Send what a device's MTU refused, in pieces: the MTU shrank since it was asked.  Returns datagrams sent.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ipsecq.packet.coalesce import Run
+
 
 class Acquire(NamedTuple):
     """An SA is wanted (SADB_ACQUIRE).  Also the key under which the caller keeps the packets that wait for it."""
@@ -52,14 +54,16 @@ class Emissions:
 
     ``wire`` holds whole IP datagrams for the network (ESP, AH, IPComp, UDP, and the ICMP errors that we answer with),
     ``inner`` decapsulated packets for the local stack, ``held`` what the last packet with ``Fate.HOLD`` waits for: an
-    :class:`Acquire`, or the key of a larval SA.
+    :class:`Acquire`, or the key of a larval SA.  ``runs`` holds decapsulated packets that are already put together,
+    each with the number of packets of ``inner`` that come before it.
     """
 
-    __slots__ = ("events", "held", "inner", "wire")
+    __slots__ = ("events", "held", "inner", "runs", "wire")
 
     def __init__(self) -> None:
         self.wire: list[bytes] = []
         self.inner: list[bytes] = []
+        self.runs: list[tuple[int, Run]] = []
         self.events: list[Event] = []
         self.held: Acquire | tuple[bytes, int, int] | None = None
 
@@ -67,5 +71,6 @@ class Emissions:
         """Forget everything; the lists stay the same objects."""
         self.wire.clear()
         self.inner.clear()
+        self.runs.clear()
         self.events.clear()
         self.held = None

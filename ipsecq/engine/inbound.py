@@ -145,14 +145,21 @@ class Inbound:
             packet = whole
             if not view.load(packet):
                 return Counter.IP_MALFORMED
-        opened: History = ()
-        fresh = False  # the packet came out of a tunnel: what is inside needs no SA of ours
-        for _ in range(MAX_DEPTH):
+        return self._chain(packet, (), now, emit)
+
+    def _chain(self, packet: Buffer, opened: History, now: float, emit: Emissions) -> int:
+        """The fate of a packet that the view has loaded: every header of ours opened, then policy.
+
+        ``opened`` is what has been opened around it.
+        """
+        view, counters, tables = self._view, self._counters, self._tables
+        fresh = bool(opened)  # the packet came out of a tunnel: what is inside needs no SA of ours
+        for _ in range(MAX_DEPTH - len(opened)):
             protocol = view.protocol
             if protocol == _ESP:
                 offset, encapsulated = view.offset, 0
             elif protocol == IPPROTO_UDP:
-                offset = natt.esp_offset(packet, view, self._tables.natt_ports)
+                offset = natt.esp_offset(packet, view, tables.natt_ports)
                 if not offset:
                     break
                 if offset < 0:
@@ -168,7 +175,7 @@ class Inbound:
                     *opened, Applied(Protocol.IPCOMP, Mode.TUNNEL, plain.src, plain.dst, plain.reqid, plain.spi)
                 )  # fmt: skip
                 packet = bytes(memoryview(packet)[view.offset : view.length])
-                fate = self._enter_tunnel(packet, view.tos, Counter.IPCOMP_INVALID)
+                fate = self._enter_tunnel(packet, view.version, view.tos, Counter.IPCOMP_INVALID)
                 if isinstance(fate, int):
                     return fate
                 packet, fresh = fate, True
@@ -176,7 +183,7 @@ class Inbound:
             else:
                 break
             end = view.length
-            spi = _spi(packet, protocol, offset, end)
+            spi = spi_of(packet, protocol, offset, end)
             if spi < 0:
                 return _HDROPS[protocol]
             ready = self._sas.get((view.dst, protocol, spi)) or self._ready((view.dst, protocol, spi))
@@ -199,7 +206,7 @@ class Inbound:
             applied = ready.as_tunnel if tunnel else ready.as_transport
             opened = opened + applied if opened else applied
             if tunnel:
-                fate = self._enter_tunnel(payload, view.tos, _INVALID[protocol])
+                fate = self._enter_tunnel(payload, view.version, view.tos, _INVALID[protocol])
                 if isinstance(fate, int):
                     return fate
                 packet, fresh = fate, True
@@ -224,13 +231,12 @@ class Inbound:
         ready = self._sas[key] = make_inbound(sa, self._tables)
         return ready
 
-    def _enter_tunnel(self, inner: bytes, outer_tos: int, invalid: Counter) -> bytes | int:
-        """Load the packet that came out of a tunnel; carry the outer ECN field over (RFC 6040).
+    def _enter_tunnel(self, inner: bytes, version: int, outer_tos: int, invalid: Counter) -> bytes | int:
+        """Load the packet that came out of a tunnel of IP ``version``; carry the outer ECN field over (RFC 6040).
 
         The knob ``ecn`` is that of the tunnel's family, as on the way out.
         """
         view = self._view
-        version = view.version
         if not view.load(inner):
             return invalid
         if view.length != len(inner):
@@ -252,6 +258,18 @@ class Inbound:
         view = self._view
         if not opened and view.protocol in {IPPROTO_ICMP, IPPROTO_ICMPV6} and self._pmtu.is_about_us(packet, view, emit):
             return _ABSORBED
+        verdict = self._verdict(opened)
+        if verdict:
+            return verdict
+        if not opened:
+            return _PASS
+        self._counters[_IN_DELIVERED] += 1
+        emit.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
+        return _DONE
+
+    def _verdict(self, opened: History) -> int:
+        """0 when the packet that the view has loaded may enter with this history, else the Counter of the drop."""
+        view = self._view
         fragment = view.fragment_word & 0x3FFF != 0  # the first one too: fragments have no ports
         key = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment, opened)
         verdict = self._verdicts.get(key)
@@ -262,16 +280,10 @@ class Inbound:
             if len(self._verdicts) >= MAX_FLOWS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict
-        if verdict:
-            return verdict
-        if not opened:
-            return _PASS
-        self._counters[_IN_DELIVERED] += 1
-        emit.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
-        return _DONE
+        return verdict
 
 
-def _spi(packet: Buffer, protocol: int, offset: int, end: int) -> int:
+def spi_of(packet: Buffer, protocol: int, offset: int, end: int) -> int:
     """The SPI (IPComp: the CPI) of the header at ``offset``; -1 when the packet ends before it."""
     if protocol == _ESP:
         return int(_u32(packet, offset)[0]) if end - offset >= 8 else -1

@@ -18,7 +18,7 @@ from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation, Slot
 from ipsecq.sa.replay import ReplayWindow
 from ipsecq.transforms.ah import AhTransform
-from ipsecq.transforms.esp import EspTransform
+from ipsecq.transforms.esp import EspTransform, Group
 from ipsecq.transforms.ipcomp import IpcompTransform
 
 _BADAUTH: Final = int(Slot.BADAUTH)
@@ -36,6 +36,10 @@ MAX_INNER: Final = 65535
 
 _INSIDE: Final = frozenset({IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE})
 """What a tunnel may carry: IP, and dummies."""
+
+_IP: Final = frozenset({IPPROTO_IPV4, IPPROTO_IPV6})
+
+IDLE: Final = 64
 
 _u32: Final = Struct(">I").unpack_from
 
@@ -96,6 +100,8 @@ class EspReady(_Ready):
         self._transform = EspTransform(sa.spi, built, esn=sa.esn)
         self._peer_port = sa.natt.sport if sa.natt is not None else 0
         self._peer = sa.src
+        self._idle = 0
+        """Runs that are not tried, after one that held nothing for us."""
 
     def open(
         self, packet: Buffer, view: PacketView, offset: int, encapsulated: int, now: float, emit: Emissions
@@ -123,6 +129,58 @@ class EspReady(_Ready):
         self._counters[_ESP_INPUT] += 1
         self._counters[_ESP_IBYTES] += len(payload)
         return 0, next_header, payload
+
+    def open_run(
+        self, packets: list[Buffer], numbers: list[int], view: PacketView, offset: int, encapsulated: int, now: float,
+        emit: Emissions,
+    ) -> list[Group]:  # fmt: skip
+        """Open as many of ``packets`` as :meth:`open` would open to whole IP packets, from the first on.
+
+        All have the outer header that ``view`` has loaded and end with their buffers; ``numbers`` are their low
+        sequence numbers, which rise.  Nothing has happened to those that are in no group.
+        """
+        if self._idle:
+            self._idle -= 1
+            return []
+        if bool(encapsulated) != (self.sa.natt is not None):
+            return []
+        if encapsulated and (encapsulated != self._peer_port or view.src != self._peer):
+            return []
+        window, account, fits = self._window, self._account, self._transform.fits
+        lengths = list(map(len, packets))
+        if not account.allows(sum(lengths), len(packets), now):
+            return []  # the last packets before a limit are counted one by one
+        first = window.check(numbers[0])
+        if first < 0:
+            return []
+        late = window.size != 0 and first <= window.edge
+        if late and self.sa.esn:
+            return []  # the edge could decide about the high half of what follows
+        for index, length in enumerate(lengths):
+            if not fits(length - offset) or (late and window.check(numbers[index]) < 0):
+                del packets[index:]
+                break
+        groups = self._transform.open_run(packets, offset, first)
+        for index, group in enumerate(groups):
+            if not (group.next_header in _IP and self.is_tunnel(group.next_header)):
+                del groups[index:]
+                break
+        count = sum([len(group.plaintexts) for group in groups])
+        if not count:
+            # Transport mode, dummies, or somebody without keys: no use to open each packet twice.
+            self._idle = IDLE
+            return []
+        octets = sum([len(group.plaintexts) * group.end for group in groups])
+        if not late and numbers[count - 1] - numbers[0] == count - 1:
+            window.advance(first, count)
+        else:
+            for number in numbers[:count]:
+                window.update(first + number - numbers[0])
+        account.charge(octets, now, emit, count)
+        counters = self._counters
+        counters[_ESP_INPUT] += count
+        counters[_ESP_IBYTES] += octets
+        return groups
 
     def _moved(self, src: bytes, sport: int, emit: Emissions) -> None:
         """The packet is authentic, but its peer's NAT gave it another address: say so once, if the SA may follow."""

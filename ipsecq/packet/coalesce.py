@@ -63,6 +63,10 @@ class Run(NamedTuple):
     header: int
     offset: int
     version: int
+    protocol: int = 6
+    """TCP, or UDP: datagrams of ``size`` octets each (:mod:`ipsecq.packet.rows`)."""
+    number: int = 1
+    """Packets that were put together."""
 
 
 class _Open:
@@ -213,4 +217,4 @@ def _join(run: _Open) -> Run:
     parts: list[Buffer] = [bytes(head)]
     parts.extend(memoryview(packet)[header : header + size] for packet in packets[:-1])
     parts.append(memoryview(packets[-1])[header:last])
-    return Run(parts, size, header, offset, 4 if offset == 20 else 6)
+    return Run(parts, size, header, offset, 4 if offset == 20 else 6, 6, len(packets))

@@ -6,7 +6,8 @@ The transform knows no addresses, no replay window and no SA: the engine hands i
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 from ipsecq.counters import Counter
 from ipsecq.crypto.cipher import EspCipher
@@ -20,6 +21,8 @@ _HDROPS: Final = int(Counter.ESP_HDROPS)
 _BADILEN: Final = int(Counter.ESP_BADILEN)
 _BADAUTH: Final = int(Counter.ESP_BADAUTH)
 _BADENC: Final = int(Counter.ESP_BADENC)
+
+OpenRun = Callable[[Sequence[Buffer], int, bytes], list[bytes]]
 
 _PAD: Final = bytes(range(1, 256))
 """RFC 4303 section 2.4: the padding octets are 1, 2, 3, …"""
@@ -36,6 +39,16 @@ def header(packet: Buffer, offset: int) -> tuple[int, int] | None:
     return _unpack_header(packet, offset) if len(packet) - offset >= ESP_HEADER else None
 
 
+class Group(NamedTuple):
+    """Neighbours among opened packets that have equal length and equal trailers."""
+
+    plaintexts: list[bytes]
+    """With their trailers."""
+    end: int
+    """Length of each payload."""
+    next_header: int
+
+
 class EspTransform:
     """One SA's ESP.  ``spi`` is a host-order int, ``tfc_pad`` the octets to which payloads are filled up (0: off).
 
@@ -44,7 +57,7 @@ class EspTransform:
     """
 
     __slots__ = (
-        "_align", "_fixed", "_minimum", "_open", "_seal", "_trailers",
+        "_align", "_fixed", "_minimum", "_open", "_open_run", "_seal", "_trailers",
         "cipher", "esn", "iv_length", "random_length", "spi", "tfc_pad",
     )  # fmt: skip
 
@@ -61,6 +74,7 @@ class EspTransform:
         self._minimum = self._fixed + self._align
         self._seal = cipher.seal
         self._open = cipher.open
+        self._open_run: OpenRun = getattr(cipher, "open_run", self._open_each)
         # Padding and pad length by (payload length mod alignment): made once, only the next header is added per packet.
         self._trailers = [
             _PAD[:pad] + bytes((pad,)) for pad in (-(length + 2) % self._align for length in range(self._align))
@@ -126,3 +140,40 @@ class EspTransform:
         if end < 0 or plaintext[end:-2] != _PAD[:pad]:
             return _BADENC, 0, b""
         return 0, plaintext[-1], plaintext[:end]
+
+    def fits(self, length: int) -> bool:
+        """Whether an ESP packet of ``length`` octets has room for all of its parts, and whole blocks."""
+        return length >= self._minimum and not (length - self._fixed) % self._align
+
+    def open_run(self, packets: Sequence[Buffer], offset: int, sequence: int) -> list[Group]:
+        """Open packets that all start at ``offset`` and have one high half of the sequence number, ``sequence``'s.
+
+        Those up to the first that :meth:`open` would refuse are in the groups, in order; each has passed :meth:`fits`.
+        """
+        high = (sequence >> 32).to_bytes(4, "big") if self.esn else b""
+        groups: list[Group] = []
+        members: list[bytes] = []
+        length, trailer = -1, b""
+        for plaintext in self._open_run(packets, offset, high):
+            if len(plaintext) == length and plaintext.endswith(trailer):
+                members.append(plaintext)
+                continue
+            length = len(plaintext)
+            pad = plaintext[-2]
+            end = length - 2 - pad
+            if end < 0 or plaintext[end:-2] != _PAD[:pad]:
+                break
+            trailer = plaintext[end:]
+            members = [plaintext]
+            groups.append(Group(members, end, plaintext[-1]))
+        return groups
+
+    def _open_each(self, packets: Sequence[Buffer], offset: int, high: bytes) -> list[bytes]:
+        """``open_run`` of a cipher that has none."""
+        opened: list[bytes] = []
+        for packet in packets:
+            plaintext = self._open(packet, offset, high)
+            if plaintext is None:
+                break
+            opened.append(plaintext)
+        return opened

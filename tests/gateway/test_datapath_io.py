@@ -562,6 +562,12 @@ class Unwrap:
     def __init__(self) -> None:
         self.pass_all = False
 
+    def process_run(self, packets, now, emit):
+        return 0
+
+    def process_super(self, packet, now, emit):
+        return False
+
     def process(self, packet, now, emit):
         if self.pass_all:
             return Fate.PASS

@@ -1,0 +1,294 @@
+"""Packets taken in runs end as they do one by one: the same packets out, the same counters, the same SAs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from engine_peers import Peer, address, make_peer, policy, udp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipsecq.counters import Counter
+from ipsecq.engine.emit import Emissions
+from ipsecq.engine.inbound_run import InboundRuns
+from ipsecq.numbers import Mode, Protocol
+from ipsecq.packet import checksum, ipv4, ipv6
+from ipsecq.packet.segments import split
+from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
+from ipsecq.secret import Key
+
+OUTER = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}
+INNER = {4: ("10.1.0.2", "10.2.0.2"), 6: ("fd01::2", "fd02::2")}
+LANS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("fd01::/64", "fd02::/64")}
+KINDS = {
+    "gcm": {"encryption": "aes-gcm-16", "encryption_key": Key(bytes(range(20)))},
+    "chacha": {"encryption": "chacha20-poly1305", "encryption_key": Key(bytes(range(36)))},
+    "cbc": {
+        "encryption": "aes-cbc", "encryption_key": Key(bytes(range(16))),
+        "authentication": "hmac-sha2-256", "authentication_key": Key(bytes(range(32))),
+    },
+}  # fmt: skip
+
+
+def association(kind: str, outer: int, **more: object) -> SecurityAssociation:
+    src, dst = (address(text) for text in OUTER[outer])
+    fields = {"mode": Mode.TUNNEL, "replay_window": 64} | KINDS[kind] | more
+    return SecurityAssociation(Protocol.ESP, 0x1001, src, dst, **fields)
+
+
+def peers(sa: SecurityAssociation, outer: int) -> tuple[Peer, Peer, Peer]:
+    """A sender and two receivers alike; the sender's SA has no limits, so only the receivers' are met."""
+    far = "-".join(OUTER[outer])
+    out = [policy("out", *LANS[version], f"ipsec esp/tunnel/{far}/require") for version in (4, 6)]
+    into = [policy("in", *LANS[version], f"ipsec esp/tunnel/{far}/require") for version in (4, 6)]
+    into.insert(0, policy("in", "10.1.0.9/32", LANS[4][1], "discard"))
+    left = make_peer([replace(sa, soft=Lifetime(), hard=Lifetime())], out, mtu=9000)
+    return left, make_peer([sa], into), make_peer([sa], into)
+
+
+def tcp(version: int, size: int, *, seq: int = 1000, flags: int = 0x10, host: int = 2, tos: int = 0, port: int = 80,
+        options: bytes = b"") -> bytes:  # fmt: skip
+    """A TCP packet, super or not, as a sender's stack hands it to a device."""
+    src, dst = (address(text) for text in INNER[version])
+    src = src[:-1] + bytes([host])
+    data = random.Random(size * 7919 + seq).randbytes(size)
+    head = (40000).to_bytes(2) + port.to_bytes(2) + seq.to_bytes(4) + (77).to_bytes(4)
+    head += bytes([(20 + len(options)) << 2, flags]) + (500).to_bytes(2) + bytes(4) + options
+    segment = head + data
+    if version == 4:
+        packet = ipv4.header(src, dst, 6, len(segment), tos=tos, df=host != 3, identification=seq & 0xFFFF) + segment
+    else:
+        packet = ipv6.header(src, dst, 6, len(segment), traffic_class=tos) + segment
+    return checksum.complete(packet)
+
+
+def in_runs(peer: Peer, wire: list[bytes], *, unite: bool = True) -> Emissions:
+    """What a worker does with a batch."""
+    if not isinstance(peer.inbound, InboundRuns):
+        peer.inbound = InboundRuns(peer.tables, unite=unite)
+    inbound, emit = peer.inbound, Emissions()
+    at = 0
+    while at < len(wire):
+        taken = inbound.process_run(wire[at:], peer.now, emit)
+        assert 0 <= taken <= len(wire) - at
+        if not taken:
+            inbound.process(wire[at], peer.now, emit)
+        at += taken or 1
+    return emit
+
+
+def unfolded(emit: Emissions) -> list[bytes]:
+    """The packets, runs cut again."""
+    packets, start = [], 0
+    for place, run in emit.runs:
+        packets += emit.inner[start:place]
+        start = place
+        whole = b"".join(run.parts)
+        pieces = split(whole, run.size)
+        assert len(pieces) == run.number
+        packets += pieces
+    return [normal(packet) for packet in packets + emit.inner[start:]]
+
+
+def normal(packet: bytes) -> bytes:
+    """Without the identification, where it says nothing: DF."""
+    if packet[0] >> 4 == 4 and packet[6] & 0x40:
+        return packet[:4] + bytes(2) + packet[6:10] + bytes(2) + packet[12:]
+    return packet
+
+
+def compare(one: Peer, other: Peer, wire: list[bytes], *, unite: bool = True) -> Emissions:
+    """The same datagrams one by one and in runs."""
+    single = Emissions()
+    for datagram in wire:
+        one.inbound.process(datagram, one.now, single)
+    emit = in_runs(other, wire, unite=unite)
+    assert unfolded(emit) == [normal(packet) for packet in single.inner]
+    assert emit.events == single.events
+    assert one.tables.counters.tolist() == other.tables.counters.tolist()
+    assert one.tables.words.tolist() == other.tables.words.tolist()
+    return emit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("udp_port", [0, 4500])
+def test_a_bulk_transfer_comes_out_as_one_packet(kind, outer, inner, udp_port):
+    natt = NatTraversal() if udp_port else None
+    left, one, other = peers(association(kind, outer, natt=natt), outer)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(inner, 20 * 1348 + 100, flags=0x18), 1348)]
+    emit = compare(one, other, wire)
+    assert [run.number for _, run in emit.runs] == [21]
+    assert b"".join(emit.runs[0][1].parts)[-100:] == tcp(inner, 20 * 1348 + 100, flags=0x18)[-100:]
+
+
+def test_equal_datagrams_of_a_flow_come_out_as_one_packet():
+    left, one, other = peers(association("gcm", 4), 4)
+    wire = [left.send(udp(*INNER[4], bytes([n]) * 64, df=True))[1][0] for n in range(20)]
+    emit = compare(one, other, wire)
+    assert [(run.protocol, run.number) for _, run in emit.runs] == [(17, 20)]
+
+
+def test_without_uniting_nothing_is_put_together():
+    left, one, other = peers(association("gcm", 4), 4)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 20000), 1348)]
+    assert compare(one, other, wire, unite=False).runs == []
+
+
+@pytest.mark.parametrize("where", ["tcp", "ip"])
+def test_a_wrong_checksum_stays_wrong(where):
+    left, one, other = peers(association("gcm", 4), 4)
+    pieces = split(tcp(4, 20 * 1348), 1348)
+    damaged = bytearray(pieces[7])
+    damaged[36 if where == "tcp" else 10] ^= 1
+    pieces[7] = bytes(damaged)
+    emit = compare(one, other, [left.send(piece)[1][0] for piece in pieces])
+    assert emit.runs == []
+    assert bytes(damaged) in emit.inner
+
+
+def test_what_policy_discards_is_dropped_and_counted_by_the_packet():
+    left, one, other = peers(association("gcm", 4), 4)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 20000, host=9), 1348)]
+    emit = compare(one, other, wire)
+    assert (emit.runs, emit.inner) == ([], [])
+    assert other.count(Counter.IN_DISCARD) == len(wire)
+
+
+@pytest.mark.parametrize("limit", ["allocations", "bytes"])
+@pytest.mark.parametrize("which", ["soft", "hard"])
+def test_limits_are_met_to_the_packet(limit, which):
+    value = {"allocations": 11, "bytes": 11 * 1400 + 3}[limit]
+    left, one, other = peers(association("gcm", 4, **{which: Lifetime(**{limit: value})}), 4)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 20 * 1348), 1348)]
+    for start in range(0, len(wire), 5):
+        compare(one, other, wire[start : start + 5])
+    assert other.count(Counter.IN_DELIVERED) == (20 if which == "soft" else 11)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("bulk"), st.integers(1, 25), st.sampled_from([1348, 1000, 536, 100, 37]),
+              st.sampled_from([2, 3, 4, 9]), st.sampled_from([0x10, 0x18, 0x11, 0x50, 0x02]),
+              st.sampled_from([0, 1, 2, 3, 0xB8])),
+    st.tuples(st.just("small"), st.integers(1, 12), st.integers(0, 200)),
+    st.tuples(st.just("odd"), st.sampled_from([1, 4, 41, 50, 51, 58, 132])),
+)  # fmt: skip
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["repeat", "swap", "damage", "truncate", "lose", "tos", "lengthen", "port"]),
+              st.integers(0, 999), st.integers(0, 999)),
+    max_size=6,
+)  # fmt: skip
+
+
+def sources(step, version: int, seq: int) -> list[bytes]:
+    """The inner packets of a step."""
+    kind, number, *rest = step
+    if kind == "bulk":
+        size, host, flags, tos = rest
+        whole = tcp(version, number * size - (number * 7) % size, seq=seq, host=host, flags=flags, tos=tos,
+                    options=b"\1\1\x08\n" + bytes(8) if number & 1 else b"")  # fmt: skip
+        return split(whole, size)
+    if kind == "small":
+        return [udp(*INNER[version], random.Random(n).randbytes(rest[0]), df=bool(seq & 1),
+                    dport=4500 if rest[0] == 100 else 2000) for n in range(number)]  # fmt: skip
+    src, dst = (address(text) for text in INNER[version])
+    header = ipv4.header if version == 4 else ipv6.header
+    return [header(src, dst, number, 40) + bytes(40)] * 2
+
+
+def changed(wire: list[bytes], changes) -> list[bytes]:
+    """What the network does to datagrams."""
+    wire = list(wire)
+    for what, where, how in changes:
+        if not wire:
+            break
+        at = where % len(wire)
+        datagram = bytearray(wire[at])
+        if what == "repeat":
+            wire.insert(how % (len(wire) + 1), wire[at])
+        elif what == "swap":
+            other = how % len(wire)
+            wire[at], wire[other] = wire[other], wire[at]
+        elif what == "lose":
+            del wire[at]
+        elif what == "truncate":
+            wire[at] = bytes(datagram[: how % len(datagram)])
+        elif what == "lengthen":
+            wire[at] = bytes(datagram) + bytes(how % 9)
+        else:
+            place = {"damage": how % len(datagram), "tos": 1, "port": 21}[what]
+            datagram[place] ^= 1 << how % 8
+            wire[at] = bytes(datagram)
+    return wire
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    kind=st.sampled_from(list(KINDS)), outer=st.sampled_from([4, 6]), udp_encapsulated=st.booleans(), esn=st.booleans(),
+    window=st.sampled_from([0, 32, 64, 1024]), mode=st.sampled_from([Mode.TUNNEL, Mode.ANY]),
+    limits=st.sampled_from([{}, {"soft": Lifetime(bytes=20000)}, {"hard": Lifetime(allocations=40)}]),
+    batches=st.lists(st.tuples(st.lists(st.tuples(STEPS, st.sampled_from([4, 6])), max_size=5), CHANGES), max_size=4),
+    start=st.sampled_from([1, 100, 2**32 - 40]), unite=st.booleans(),
+)  # fmt: skip
+def test_any_mix_ends_as_it_does_one_by_one(
+    kind, outer, udp_encapsulated, esn, window, mode, limits, batches, start, unite
+):
+    window = window or (64 if esn else 0)
+    natt = NatTraversal(rebind=True) if udp_encapsulated else None
+    sa = association(kind, outer, natt=natt, esn=esn, replay_window=window, mode=mode, **limits)
+    left, one, other = peers(sa, outer)
+    for peer in (left, one, other):
+        slot = peer.tables.sad.inbound(sa.key).slot
+        peer.tables.words[slot + 1] = start
+        peer.tables.words[slot + 3] = start - 1
+    seq = 1000
+    for steps, changes in batches:
+        wire = []
+        for step, version in steps:
+            for packet in sources(step, version, seq):
+                wire += left.send(packet)[1]
+            seq += 70000
+        compare(one, other, changed(wire, changes), unite=unite)
+
+
+def united(wire: list[bytes]) -> bytes:
+    """Datagrams of one size, the last one maybe shorter, as the UDP super-packet that GRO or a sender makes of them."""
+    at = 28 if wire[0][0] >> 4 == 4 else 48
+    whole = bytearray(wire[0] + b"".join(datagram[at:] for datagram in wire[1:]))
+    whole[at - 4 : at - 2] = (len(whole) - at + 8).to_bytes(2)
+    field = slice(2, 4) if at == 28 else slice(4, 6)
+    whole[field] = (len(whole) - (0 if at == 28 else 40)).to_bytes(2)
+    return bytes(whole)
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("damage", [None, 0, 5, 11])
+def test_a_super_packet_of_esp_in_udp_ends_as_its_datagrams_do(outer, damage):
+    left, one, other = peers(association("gcm", outer, natt=NatTraversal()), outer)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 11 * 1348 + 300), 1348)]
+    if damage is not None:
+        wire[damage] = wire[damage][:-1] + bytes([wire[damage][-1] ^ 1])
+    single, emit = Emissions(), Emissions()
+    for datagram in wire:
+        one.inbound.process(datagram, one.now, single)
+    assert InboundRuns(other.tables, unite=True).process_super(united(wire), other.now, emit)
+    assert unfolded(emit) == [normal(packet) for packet in single.inner]
+    assert len(single.inner) == (12 if damage is None else 11)
+    assert one.tables.counters.tolist() == other.tables.counters.tolist()
+    assert one.tables.words.tolist() == other.tables.words.tolist()
+
+
+@pytest.mark.parametrize("gap", [3, 11])
+def test_a_super_packet_with_a_gap_is_left_to_the_kernel_untouched(gap):
+    left, _, other = peers(association("gcm", 4, natt=NatTraversal()), 4)
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 12 * 1348), 1348)]
+    before = other.tables.counters.tolist(), other.tables.words.tolist()
+    inbound, emit = InboundRuns(other.tables, unite=True), Emissions()
+    assert not inbound.process_super(united(wire[: gap - 1] + wire[gap:]), other.now, emit)
+    assert not inbound.process_super(udp("192.0.2.1", "192.0.2.2", bytes(5000), dport=4500), other.now, emit)
+    assert not inbound.process_super(tcp(4, 5000), other.now, emit)
+    assert (emit.inner, emit.runs) == ([], [])
+    assert before == (other.tables.counters.tolist(), other.tables.words.tolist())
