@@ -13,6 +13,8 @@ DEFAULT_SECONDS = 120
 
 
 def pytest_configure(config):
+    # A shell that starts us in the background has SIGINT ignored, and everything that we start would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "seconds(n): time limit of this test, fixtures included (default 120)")
 
 

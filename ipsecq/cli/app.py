@@ -128,21 +128,20 @@ def nft(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
 
 
 @app.command()
-def doctor(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOption = False) -> None:
-    """Say what this machine can do, what is missing, and how to mend it.  Exit status 1 when something must be mended."""
-    from ipsecq.daemon import content as files  # noqa: PLC0415
-    from ipsecq.netfilter import doctor as examination  # noqa: PLC0415
+def doctor(
+    config: ConfigOption = configuration.DEFAULT_PATH,
+    probe: Annotated[bool, typer.Option(help="Ping the tunnels' far ends, small and full-sized.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what is wrong with this machine, its files and the running gateway, and how to mend it.
 
-    if config.exists():
-        content = files.read(config)
-        findings = examination.examine(content.config.netfilter(), content.spd.dump())
-    else:
-        findings = examination.examine()
-    if as_json:
-        print(json.dumps(report.findings_json(findings), indent=2))
-    else:
-        print(report.findings(findings))
-    sys.exit(1 if any(finding.grade is examination.Grade.FAIL for finding in findings) else 0)
+    Exit status 1 when something must be mended.
+    """
+    from ipsecq.cli import examination  # noqa: PLC0415
+
+    found = examination.findings(config, probe=probe)
+    print(json.dumps(report.findings_json(found), indent=2) if as_json else report.findings(found))
+    sys.exit(1 if any(finding.grade == "fail" for finding in found) else 0)
 
 
 @app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

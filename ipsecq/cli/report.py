@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ipsecq.netfilter.doctor import Finding
+from ipsecq.doctor.finding import Finding
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

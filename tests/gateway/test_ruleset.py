@@ -24,9 +24,10 @@ from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop
 from scapy.packet import Raw
 
+from ipsecq.doctor.examination import examine
+from ipsecq.doctor.finding import Grade
 from ipsecq.lab.netns import Lab, Namespace, wait_for
 from ipsecq.netfilter.capabilities import detect
-from ipsecq.netfilter.doctor import Grade, examine
 from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel

@@ -1,22 +1,19 @@
-"""What stands between this machine and a working gateway: findings, each with the way to mend it.
+"""What the machine can do: privileges, kernel, sysctls, MTU.
 
-Reads ``/proc/sys``, ``/sys/class/net`` and the ruleset of the current network namespace; changes nothing.
+Reads ``/proc/sys`` and the links of the current network namespace; changes nothing.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from ipsecq.errors import NetfilterError
-from ipsecq.netfilter.capabilities import Capabilities, detect
+from ipsecq.doctor.finding import Finding, Grade
+from ipsecq.netfilter.capabilities import Capabilities
 from ipsecq.netfilter.links import Link, list_links
-from ipsecq.netfilter.load import NATIVE, run_nft
+from ipsecq.netfilter.load import NATIVE
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.numbers import IPV4_MIN_MTU, IPV6_MIN_MTU, Mode
 from ipsecq.policy.model import Policy
@@ -25,33 +22,10 @@ _TUNNEL_OVERHEAD: Final = {4: 20 + 8 + 8 + 2 + 16 + 3, 6: 40 + 8 + 8 + 2 + 16 + 
 """What ESP with AES-GCM adds in tunnel mode, by outer family: header, SPI and sequence, IV, trailer, ICV, padding."""
 
 
-class Grade(StrEnum):
-    """How bad."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(slots=True, frozen=True)
-class Finding:
-    """One thing that was looked at.  ``mend`` is a command or an advice; empty when all is well."""
-
-    grade: Grade
-    subject: str
-    message: str
-    mend: str = ""
-
-
 def examine(
-    settings: NetfilterSettings | None = None,
-    policies: Iterable[Policy] = (),
-    capabilities: Capabilities | None = None,
+    settings: NetfilterSettings, policies: Sequence[Policy], capabilities: Capabilities
 ) -> list[Finding]:
-    """Look at everything; ``policies`` make the findings about forwarding, MTU and families precise."""
-    settings = settings or NetfilterSettings()
-    capabilities = capabilities or detect()
-    policies = list(policies)
+    """Look at the machine; ``policies`` make the findings about forwarding, MTU and families precise."""
     families = {policy.selector.family for policy in policies} or {4, 6}
     return [
         *_process(capabilities),
@@ -59,7 +33,6 @@ def examine(
         *_forwarding(families),
         *_reverse_path(settings),
         *_mtu(policies),
-        *_ruleset(settings, capabilities),
     ]
 
 
@@ -149,7 +122,7 @@ def _reverse_path(settings: NetfilterSettings) -> Iterator[Finding]:
         yield Finding(Grade.OK, "rp_filter", "decapsulated packets pass the reverse-path filter")
 
 
-def _mtu(policies: list[Policy]) -> Iterator[Finding]:
+def _mtu(policies: Sequence[Policy]) -> Iterator[Finding]:
     ends = {
         transform.src
         for policy in policies
@@ -173,43 +146,6 @@ def _mtu(policies: list[Policy]) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield Finding(Grade.OK, "mtu", text)
-
-
-def _ruleset(settings: NetfilterSettings, can: Capabilities) -> Iterator[Finding]:
-    if not (can.nft and can.net_admin):
-        return
-    try:
-        entries: list[dict[str, Any]] = json.loads(run_nft("", "-j", "list", "ruleset"))["nftables"]
-    except (NetfilterError, ValueError, KeyError) as error:
-        yield Finding(Grade.WARN, "ruleset", f"nft cannot list the ruleset: {error}")
-        return
-    chains = [entry["chain"] for entry in entries if "hook" in entry.get("chain", {})]
-    ours = {settings.table, f"{settings.table}_sentinel"}
-    foreign = [chain for chain in chains if chain["table"] not in ours]
-    for chain in foreign:
-        name = f"{chain['family']} {chain['table']} {chain['name']}"
-        hook, priority = chain["hook"], chain["prio"]
-        if hook in ("prerouting", "ingress") and (hook == "ingress" or priority < -250):
-            yield Finding(
-                Grade.WARN, "hooks", f"chain {name} ({hook} {priority}) meets packets before the inbound "
-                "policies do", "give it a priority above -250 unless it is meant so",
-            )  # fmt: skip
-        elif hook == "postrouting" and priority > 150:
-            yield Finding(
-                Grade.WARN, "hooks", f"chain {name} (postrouting {priority}) runs after the outbound policies: "
-                "source NAT there escapes them", "give it a priority below 150",
-            )  # fmt: skip
-    for entry in entries:
-        table = entry.get("flowtable")
-        if table:
-            yield Finding(
-                Grade.FAIL, "flowtable", f"flowtable {table['name']} of table {table['table']}: its flows go around "
-                "every policy, protected ones in clear", "delete it, or keep protected networks out of it",
-            )  # fmt: skip
-    if not any(entry.get("flowtable") for entry in entries):
-        yield Finding(Grade.OK, "ruleset", f"{len(foreign)} chains of others hook here, none goes around the policies")
-    if any('"ct"' in json.dumps(entry.get("rule", {}).get("expr", ())) for entry in entries):
-        yield Finding(Grade.OK, "conntrack", "connection tracking is in use; inner flows will be confirmed")
 
 
 def _sysctl(name: str) -> int | None:
