@@ -16,6 +16,7 @@ from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.ledger import PairLedger
 from ipsecq.daemon.messages import Operation
 from ipsecq.daemon.table import SharedTable, fingerprint
+from ipsecq.daemon.undo import Undo
 from ipsecq.errors import IpsecqError
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.policy.model import Policy
@@ -329,37 +330,68 @@ class Authority:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def become(self, sad: Sad, spd: Spd, sysctl: Mapping[str, int], *, was: Iterable[SaKey] = ()) -> None:
+    def become(
+        self, sad: Sad, spd: Spd, sysctl: Mapping[str, int], *, was: Iterable[SaKey] = (), undo: Undo | None = None
+    ) -> None:
         """Take over what the files say.  SAs, policies and knobs that they do not change stay as they are.
 
         ``was``: what the files said before; such SAs go when the files no longer have them.  SAs and policies that
-        came over PF_KEY stay, except where the files now have their own.  Nothing is changed when a slot or the disk
-        fails for the first new SA; the caller has checked all else.
+        came over PF_KEY stay, except where the files now have their own.  When a slot or the disk fails for a new SA,
+        what was done so far stands in ``undo``: see :meth:`revert`.
         """
+        undo = undo if undo is not None else Undo()
         for sa in sad.dump():
-            old = self.sad.get(sa.dst, sa.protocol, sa.spi) if sa.key in self.sad else None
+            old = self._there(sa.key)
             if old is None:
                 self.add_sa(sa)
             elif not same(old, sa):
                 self.update_sa(sa)
+            else:
+                continue
+            undo.sas[sa.key] = old, sa
         wanted = {sa.key for sa in sad}
         for key in was:
             if key not in wanted and key in self.sad:
-                self.delete_sa(key)
-        before = [(policy.id, policy) for policy in self.spd.dump()]
+                undo.sas[key] = self.delete_sa(key), None
+        undo.before = self.spd.dump()
         files = [replace(policy, id=0) for policy in spd.dump()]
         mine = {(policy.direction, policy.selector) for policy in files}
         others = [
             policy
-            for _, policy in before
+            for policy in undo.before
             if policy.label.startswith(PFKEY_LABEL) and (policy.direction, policy.selector) not in mine
         ]
-        self.spd.replace_all([*others, *files])
-        if before != [(policy.id, policy) for policy in self.spd.dump()]:
-            self._operations.append(("spd_replace", self.spd.dump()))
+        self._policies_become([*others, *files])
+        undo.after = self.spd.dump()
         for name, value in Sysctl(sysctl).all().items():
             if self.sysctl.get(name) != value:
-                self.set_sysctl(name, value)
+                undo.knobs[name] = self.set_sysctl(name, value)[0]
+
+    def revert(self, undo: Undo) -> None:
+        """Take back what :meth:`become` did, and leave alone what others changed since."""
+        for key, (old, new) in undo.sas.items():
+            now = self._there(key)
+            if now is not new:
+                continue
+            if old is None:
+                self.delete_sa(key)
+            elif now is None:
+                self.add_sa(old)
+            else:
+                self.update_sa(old)
+        if undo.after is not None:
+            self._policies_become(undo.policies(self.spd.dump()))
+        for name, value in undo.knobs.items():
+            self.set_sysctl(name, value)
+
+    def _there(self, key: SaKey) -> SecurityAssociation | None:
+        return self.sad.get(*key) if key in self.sad else None
+
+    def _policies_become(self, policies: list[Policy]) -> None:
+        before = [(policy.id, policy) for policy in self.spd.dump()]
+        self.spd.replace_all(policies)
+        if before != [(policy.id, policy) for policy in self.spd.dump()]:
+            self._operations.append(("spd_replace", self.spd.dump()))
 
     def usage_words(self, sa: SecurityAssociation) -> memoryview | None:
         """The SA's slot, for counters; None while it has none."""

@@ -72,7 +72,11 @@ class FrameReader:
         """The supervisor is gone."""
 
     def read(self) -> Iterator[Frame]:
-        """Every whole frame that has arrived.  Raises DaemonError when the stream makes no sense."""
+        """Every whole frame that has arrived, those first that an earlier reader left when it had enough.
+
+        Raises DaemonError when the stream makes no sense.
+        """
+        yield from self._split()
         while not self.closed:
             try:
                 octets = self._socket.recv(1 << 18)

@@ -38,6 +38,7 @@ from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.daemon.undo import Undo
 from ipsecq.datapath import enc0
 from ipsecq.datapath.output import RawOutput
 from ipsecq.errors import DaemonError, IpsecqError, StateError
@@ -288,15 +289,19 @@ class Supervisor:
     async def reload(self) -> str:
         """Read the files again and take all of it over, or nothing.  ConfigError says why not."""
         self.history.reloads += 1
-        before, was = self.content, self._from_files
+        undo = Undo()
         try:
             content = files.read(self.config.path)
             files.check_reload(self.config, content.config)
             try:
-                await self._become(content, was)
+                self.authority.become(
+                    content.sad, content.spd, content.config.sysctl, was=self._from_files, undo=undo
+                )
+                await self.publish()
             except IpsecqError:
                 # A full disk, a table without room, an nft that refuses: back to what was in force.
-                await self._become(before, was | {sa.key for sa in content.sad})
+                self.authority.revert(undo)
+                await self.publish()
                 raise
         except IpsecqError:
             self.history.reload_failures += 1
@@ -304,15 +309,10 @@ class Supervisor:
             raise
         self.content, self.config = content, content.config
         self._from_files = {sa.key for sa in content.sad}
+        self.ruleset.save_blocked()
         configure(content.config.log, journal=self._journal)
         self.history.reload_success, self.history.reload_time = True, time.time()
         return self._summary()
-
-    async def _become(self, content: Content, was: Iterable[SaKey]) -> None:
-        """Take over what files say, down to the kernel's rules."""
-        self.authority.become(content.sad, content.spd, content.config.sysctl, was=was)
-        await self.publish()
-        self.ruleset.save_blocked()
 
     async def _reload_by_signal(self) -> None:
         self._notifier.reloading()

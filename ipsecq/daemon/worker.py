@@ -161,6 +161,8 @@ class Worker:
         gc.collect()
         gc.freeze()
         self._reports.send("ready")
+        # A change that came right behind the first state has been read already: no descriptor would tell of it.
+        self._control()
         try:
             if not replica.stopping:
                 self._loop.run()

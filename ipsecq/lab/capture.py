@@ -128,12 +128,14 @@ class Frame:
 class Capture:
     """tcpdump on a device, into a file that lives as long as the lab; it records inside ``with``.
 
-    ``bulk``: nothing is lost at the speed of a TCP transfer, but :meth:`settle` takes a second longer.
+    ``bulk``: nothing is lost at the speed of a TCP transfer, but :meth:`settle` takes a second longer.  ``arriving``:
+    only frames that come in by the device.
     """
 
     def __init__(
-        self, space: Namespace, device: str, *, expression: str = "", snaplen: int = 0, bulk: bool = False
-    ) -> None:
+        self, space: Namespace, device: str, *, expression: str = "", snaplen: int = 0, bulk: bool = False,
+        arriving: bool = False,
+    ) -> None:  # fmt: skip
         self.space, self.device = space, device
         self.path: Path = space.lab.directory / f"{space.role}-{device}-{next(_serial)}.pcap"
         self._log = self.path.with_suffix(".log")
@@ -142,6 +144,7 @@ class Capture:
         # bulk captures go without it and are up to a second late.
         mode = ["-B", "262144"] if bulk else ["-B", "65536", "-U", "--immediate-mode"]
         self._argv = ["tcpdump", "-n", "-i", device, *mode, "-Z", "root", "-s", str(snaplen)]
+        self._argv += ["-Q", "in"] if arriving else []
         self._argv += ["-w", str(self.path), *expression.split()]
 
     def __enter__(self) -> Capture:

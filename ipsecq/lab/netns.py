@@ -123,7 +123,7 @@ class Lab:
         self.prefix = f"iq{os.getpid()}x{Lab._count}"
         self.namespaces: dict[str, Namespace] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._closers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], object]] = []
         self._old_sigterm: Callable[[int, FrameType | None], object] | int | None = None
         self._owner = os.getpid()
         if os.geteuid() != 0:
@@ -194,7 +194,7 @@ class Lab:
         self.processes.append(process)
         return process
 
-    def on_close(self, function: Callable[[], None]) -> None:
+    def on_close(self, function: Callable[[], object]) -> None:
         """Call ``function`` before processes are ended and namespaces removed; last registered first."""
         self._closers.append(function)
 

@@ -16,6 +16,8 @@ from ipsecq.lab.netns import LabError, Namespace
 MARKER: Final = b"ipsecq-lab-payload-in-clear!"
 """Stands in every block of the lab's payload: a capture that holds it holds clear text."""
 
+SO_MAX_PACING_RATE: Final = 47
+
 
 @dataclass
 class Transfer:
@@ -48,11 +50,11 @@ def family(address: str) -> socket.AddressFamily:
 
 def tcp(
     client: Namespace, server: Namespace, address: str, octets: int, *, port: int = 5001, timeout: float = 60.0,
-    reverse: bool = False, source: str | None = None,
+    reverse: bool = False, source: str | None = None, pace: int = 0,
 ) -> Transfer:  # fmt: skip
     """Send ``octets`` from client to server (``reverse``: the other way) and compare SHA-256 digests at the end.
 
-    Raises LabError when nothing arrives for ``timeout`` seconds.
+    ``pace``: octets a second at most.  Raises LabError when nothing arrives for ``timeout`` seconds.
     """
     data = block(1 << 20)
     result: list[tuple[int, bytes, float]] = []
@@ -96,6 +98,8 @@ def tcp(
         accepted = listener.accept()[0]
         accepted.settimeout(timeout)
         sender, receiver = (accepted, connection) if reverse else (connection, accepted)
+        if pace:
+            sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, pace)
         thread = threading.Thread(target=receive, args=(receiver,))
         thread.start()
         try:

@@ -98,10 +98,11 @@ class ReplayWindow:
         index = ring + (sequence >> 6 & mask)
         bit = 1 << (sequence & 63)
         if sequence > edge:
+            # The edge first: should this process die here, numbers ahead may be refused, but none behind is taken again.
+            words[self._edge] = sequence
             first = (edge >> 6) + 1
             for block in range(first, min((sequence >> 6) + 1, first + mask + 1)):
                 words[ring + (block & mask)] = 0
-            words[self._edge] = sequence
         elif edge - sequence >= size or words[index] & bit:
             return False
         words[index] |= bit

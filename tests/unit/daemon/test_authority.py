@@ -13,6 +13,7 @@ from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.messages import encode
 from ipsecq.daemon.replica import Replica
 from ipsecq.daemon.table import SharedTable
+from ipsecq.daemon.undo import Undo
 from ipsecq.errors import DaemonError, SadError, SpdError, StateError, SysctlError
 from ipsecq.numbers import Mode, Protocol
 from ipsecq.policy.spd import Spd
@@ -123,6 +124,61 @@ def test_sas_that_the_files_no_longer_have_go_and_those_of_key_management_stay(h
     house.become(add(0x1002), was=was)
     assert {sa.spi for sa in house.authority.sad} == {0x1002, 0x2001}
     assert {sa.spi for sa in house.replica.sad} == {0x1002, 0x2001}
+
+
+def test_a_reload_taken_back_leaves_what_setkey_made_since_the_files_were_read(house):
+    """Not the old files are the way back: an SA of theirs was replaced by hand, and the new files name its successor."""
+    house.become(add(0x1001), add(0x1002), policy(2), policy(3), sysctl={"net.inet.ipsec.dfbit": 1})
+    was = house.keys()
+    house.authority.delete_sa(house.sa(0x1001).key)
+    house.authority.add_sa(replace(files(add(0x1005, key="55"))[0].dump()[0], label="setkey:"))
+    house.publish()
+    there = {sa.key: sa for sa in house.authority.sad}
+    policies = house.authority.spd.dump()
+    words = [list(house.table.words[sa.slot : sa.slot + Slot.WINDOW]) for sa in there.values()]
+
+    undo = Undo()
+    sad, spd = files(add(0x1005, key="55"), add(0x1006), add(0x1002, window=64), policy(4), policy(3))
+    house.authority.become(sad, spd, {"net.inet.ipsec.dfbit": 2}, was=was, undo=undo)
+    house.publish()
+    house.authority.revert(undo)
+    house.publish()
+    assert {sa.key: sa for sa in house.authority.sad} == there
+    assert {sa.key for sa in house.replica.sad} == set(there)
+    assert house.authority.spd.dump() == policies == house.replica.spd.dump()
+    assert house.authority.sysctl.get("net.inet.ipsec.dfbit") == 1
+    assert [list(house.table.words[sa.slot : sa.slot + Slot.WINDOW]) for sa in there.values()] == words
+
+
+def test_a_reload_taken_back_keeps_what_others_did_meanwhile(house):
+    house.become(add(0x1001), policy(2))
+    undo = Undo()
+    house.authority.become(*files(add(0x1001, key="33"), add(0x1002), policy(3)), {}, was=house.keys(), undo=undo)
+    negotiated = replace(files(add(0x2001, key="22"))[0].dump()[0], label="pfkey:1")
+    house.authority.add_sa(negotiated, passing=True)
+    house.authority.delete_sa(house.sa(0x1002).key)
+    mine = house.authority.add_policy(replace(files(policy(7))[1].dump()[0], id=0, label="pfkey:1"))
+    house.authority.revert(undo)
+    house.publish()
+    assert {sa.spi: sa.encryption_key for sa in house.authority.sad} == {
+        0x1001: files(add(0x1001))[0].dump()[0].encryption_key, 0x2001: negotiated.encryption_key,
+    }  # fmt: skip
+    old = files(policy(2))[1].dump()[0]
+    assert [each.selector for each in house.authority.spd] == [old.selector, mine.selector]
+
+
+def test_a_reload_that_fails_half_way_is_taken_back(tmp_path):
+    house = House(tmp_path, capacity=1 << 11)
+    house.become(add(0x1001), policy(2))
+    there, policies, undo = house.keys(), house.authority.spd.dump(), Undo()
+    many = [add(0x3000 + n, key=f"{n:02x}") for n in range(200)]
+    with pytest.raises(DaemonError):
+        house.authority.become(*files(*many, policy(9)), {}, was=there, undo=undo)
+    assert len(house.keys()) > 2
+    house.authority.revert(undo)
+    house.publish()
+    assert house.keys() == there == {sa.key for sa in house.replica.sad}
+    assert house.authority.spd.dump() == policies
 
 
 def test_a_deleted_sas_slot_is_free_only_when_the_workers_know(house):

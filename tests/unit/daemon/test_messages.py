@@ -33,6 +33,15 @@ def test_frames_arrive_whole_in_order_with_keys(pair):
     assert not reader.closed
 
 
+def test_frames_behind_the_one_that_was_waited_for_are_there_at_the_next_read(pair):
+    """A change that follows a new worker's first state in one piece: nothing more would come to wake it up."""
+    up, down = pair
+    reader = FrameReader(down)
+    up.send(encode(3, ["first state"]) + encode(4, ["change"]))
+    assert next(reader.read()) == (3, ["first state"])
+    assert list(reader.read()) == [(4, ["change"])]
+
+
 def test_the_supervisors_death_is_seen(pair):
     up, down = pair
     reader = FrameReader(down)

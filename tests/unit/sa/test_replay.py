@@ -133,6 +133,34 @@ def test_a_worker_that_takes_over_goes_on_with_the_same_window():
     assert [second.check(number) for number in (1, 2, 100, 3, 101)] == [-1, -1, -1, 3, 101]
 
 
+@pytest.mark.parametrize("ahead", [1, 64, 200, 100_000])
+def test_a_worker_that_dies_within_an_update_lets_no_older_number_in_again(ahead):
+    class Dying(list):
+        left = 1 << 30
+
+        def __setitem__(self, index, value):
+            if self.left == 0:
+                raise InterruptedError
+            self.left -= 1
+            super().__setitem__(index, value)
+
+    stores = 0
+    while True:
+        words = Dying(table(128))
+        window = ReplayWindow(words, BASE, 128)
+        taken = [number for number in range(1000, 1100) if window.update(number)]
+        words.left = stores
+        try:
+            window.update(taken[-1] + ahead)
+        except InterruptedError:
+            stores += 1
+        else:
+            break
+        words.left = 1 << 30
+        assert [number for number in taken if ReplayWindow(words, BASE, 128).check(number) != -1] == []
+    assert stores >= 2
+
+
 @pytest.mark.parametrize(("size", "esn"), [(-1, False), (MAX_REPLAY_WINDOW + 1, False), (0, True)])
 def test_impossible_windows_are_refused(size, esn):
     with pytest.raises(ValueError, match="window"):
