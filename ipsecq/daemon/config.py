@@ -82,6 +82,7 @@ class Config:
             table=table.table,
             queue_base=self.daemon.queue_base,
             workers=self.workers,
+            lanes=self.daemon.lanes,
             mark_mask=table.mark_done | table.mark_stolen,
             mark_done=table.mark_done,
             mark_stolen=table.mark_stolen,
@@ -204,7 +205,7 @@ class _Checker:
         marks = (config.nftables.mark_done, config.nftables.mark_stolen)
         if any(mark & (mark - 1) for mark in marks) or marks[0] == marks[1]:
             raise self.error(("nftables", "mark_stolen"), "mark_done, mark_stolen: expected two different single bits")
-        queues = config.workers * (2 if config.offload.gso else 1)
+        queues = config.workers * (config.daemon.lanes + config.offload.gso)
         if config.daemon.queue_base + queues > 65536:
             raise self.error(("daemon", "queue_base"), f"{queues} queues from here on pass 65535", value=True)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", config.nftables.table):

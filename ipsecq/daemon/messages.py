@@ -34,7 +34,8 @@ _LENGTH: Final = 4
 class WorkerSetup:
     """What a worker needs to know once: the first operation of its first frame."""
 
-    queue: int
+    queues: tuple[int, ...]
+    """Its lanes."""
     plain_queue: int
     """Queue in which the kernel cuts super-packets; -1: no super-packets, please."""
     mark_done: int

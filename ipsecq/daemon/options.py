@@ -49,9 +49,15 @@ class DaemonConfig:
         within=(0, 256),
         restart=True,
     )
+    lanes: int = _option(
+        4,
+        "Queues of each worker. SAs in different ones have equal shares of a worker that has too much to do.",
+        within=(1, 16),
+        restart=True,
+    )
     queue_base: int = _option(
         QUEUE_BASE,
-        "Number of the first worker's NFQUEUE; the others follow, and as many again with offload.gso.",
+        "First of the NFQUEUE numbers: workers times lanes, and with offload.gso as many more as there are workers.",
         within=(0, 65535),
         restart=True,
     )

@@ -39,8 +39,8 @@ MAX_BACKLOG: Final = 1 << 30
 class WorkerHandle:
     """The supervisor's view of one worker, over all of its lives."""
 
-    def __init__(self, index: int, queue: int, counters: memoryview) -> None:
-        self.index, self.queue, self.counters = index, queue, counters
+    def __init__(self, index: int, queues: tuple[int, ...], counters: memoryview) -> None:
+        self.index, self.queues, self.counters = index, queues, counters
         self.process: subprocess.Popen[bytes] | None = None
         self.socket: socket.socket | None = None
         self.pidfd = -1
@@ -64,21 +64,21 @@ class WorkerHandle:
 class WorkerPool:
     """``count`` workers.
 
-    ``first_state()`` gives the operations that bring a new worker to now, its set-up first; ``on_report(worker,
-    report)`` gets what workers say beyond ``ready`` and ``ack``.
+    ``queues(index)`` are the numbers of a worker's queues; ``first_state(index)`` gives the operations that bring a new
+    worker to now, its set-up first; ``on_report(worker, report)`` gets what workers say beyond ``ready`` and ``ack``.
     """
 
     def __init__(
         self,
         pages: CounterPages,
-        queue_base: int,
+        queues: Callable[[int], tuple[int, ...]],
         descriptors: dict[str, int],
         kept: Sequence[int],
         first_state: Callable[[int], Iterable[Operation]],
         on_report: Callable[[WorkerHandle, dict[str, Any]], None],
     ) -> None:
         """``descriptors``: name of a worker's option → descriptor; ``kept``: more of them that workers hold open."""
-        self.workers = [WorkerHandle(index, queue_base + index, pages.page(index)) for index in range(len(pages))]
+        self.workers = [WorkerHandle(index, queues(index), pages.page(index)) for index in range(len(pages))]
         self.generation = 0
         self._descriptors, self._kept = descriptors, kept
         self._first_state, self._on_report = first_state, on_report

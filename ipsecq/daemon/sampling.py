@@ -153,13 +153,12 @@ class Sampler:
         queues, unbound = queue_table(), QueueStats(0, 0, 0, 0)
         samples = []
         for worker in self._pool.workers:
-            main = queues.get(worker.queue, unbound)
-            plain = queues.get(worker.queue + len(self._pool.workers), unbound)
+            mine = [queues.get(number, unbound) for number in worker.queues]
             samples.append(
                 WorkerSample(
                     worker.index, worker.ready, worker.restarts, worker.counters.tolist(),
-                    main.waiting + plain.waiting, main.dropped + plain.dropped, main.user_dropped + plain.user_dropped,
-                    worker.pid, worker.queue,
+                    sum(queue.waiting for queue in mine), sum(queue.dropped for queue in mine),
+                    sum(queue.user_dropped for queue in mine), worker.pid, worker.queues[0],
                 )
             )  # fmt: skip
         return samples

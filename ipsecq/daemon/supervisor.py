@@ -138,7 +138,7 @@ class Supervisor:
         pages = CounterPages.create(config.workers)
         self.pool = WorkerPool(
             pages,
-            config.daemon.queue_base,
+            self._queues,
             {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
             [lock.descriptor],
             self._first_state,
@@ -324,11 +324,17 @@ class Supervisor:
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
+    def _queues(self, index: int) -> tuple[int, ...]:
+        """Numbers of a worker's queues: its lanes, then the plain one, if any."""
+        settings = self.ruleset.loader.settings
+        lanes = [lane * settings.workers for lane in range(settings.lanes + self.config.offload.gso)]
+        return tuple(settings.queue_base + index + lane for lane in lanes)
+
     def _first_state(self, index: int) -> list[Operation]:
         settings = self.ruleset.loader.settings
         setup = WorkerSetup(
-            settings.queue_base + index,
-            settings.queue_base + settings.workers + index if self.config.offload.gso else -1,
+            self._queues(index)[: settings.lanes],
+            settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
             settings.mark_done, settings.mark_stolen, self.config.nftables.enc_device,
             self.config.offload.coalesce, self.config.log, self._journal,
         )  # fmt: skip

@@ -128,8 +128,9 @@ class Worker:
         setup = self._first_state()
         if setup is None:
             return
-        queue = _bind(setup.queue, gso=setup.plain_queue >= 0)
-        plain_queue = _bind(setup.plain_queue) if queue.gso else None
+        queue = _bind(setup.queues[0], gso=setup.plain_queue >= 0)
+        lanes = [_bind(number, gso=queue.gso, room=queue) for number in setup.queues[1:]]
+        plain_queue = _bind(setup.plain_queue, room=queue) if queue.gso else None
         output = RawOutput(setup.mark_done)
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
@@ -152,6 +153,7 @@ class Worker:
             control_fd=self._socket.fileno(),
             on_control=self._control,
             on_events=self._reports.events,
+            lanes=lanes,
             plain_queue=plain_queue,
         )
         replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
@@ -167,7 +169,7 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (queue, plain_queue, output, enc0):
+            for part in (queue, *lanes, plain_queue, output, enc0):
                 if part is not None:
                     part.close()
 
@@ -204,11 +206,11 @@ class Worker:
         return useful
 
 
-def _bind(number: int, *, gso: bool = False) -> Queue:
+def _bind(number: int, *, gso: bool = False, room: Queue | None = None) -> Queue:
     deadline = time.monotonic() + QUEUE_PATIENCE
     while True:
         try:
-            return Queue(number, gso=gso)
+            return Queue(number, gso=gso, room=room)
         except NetfilterError:
             if time.monotonic() >= deadline:
                 raise

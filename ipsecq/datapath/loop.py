@@ -10,7 +10,7 @@ import logging
 import select
 import time
 from bisect import bisect_left
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, MutableSequence, Sequence
 from typing import Final, Protocol
 
 from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate, Offload
@@ -85,12 +85,14 @@ class WorkerLoop:
         on_control: Callable[[], None] | None = None,
         on_events: Callable[[list[Event]], None] | None = None,
         holder: Holder | None = None,
+        lanes: Sequence[Queue] = (),
         plain_queue: Queue | None = None,
     ) -> None:
         """Join the parts.
 
         ``mark_stolen`` marks originals that egress has to drop.  ``on_control()`` is called when ``control_fd`` is
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
+        ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
         we cannot; without one they are dropped.
         """
@@ -111,7 +113,7 @@ class WorkerLoop:
         self._stopping = False
         self._identification = 0
         self._next_tick = 0.0
-        self._queues = [queue] if plain_queue is None else [queue, plain_queue]
+        self._queues = [queue, *lanes] if plain_queue is None else [queue, *lanes, plain_queue]
         self._active = queue
         """The queue whose batch is in hand."""
         self._losses, self._refused = self._lost(), (0, 0)

@@ -42,12 +42,12 @@ def _words(count: int, columns: int) -> Words:
 
 
 class ReceiveVector:
-    """Buffers for ``count`` datagrams of up to ``size`` octets, filled by one recvmmsg."""
+    """Buffers for ``count`` datagrams of up to ``size`` octets, filled by one recvmmsg; perhaps those of another vector."""
 
-    def __init__(self, fd: int, count: int, size: int) -> None:
+    def __init__(self, fd: int, count: int, size: int, room: ReceiveVector | None = None) -> None:
         self._fd, self._count = fd, count
         # Pages are touched by the kernel alone and only as far as packets reach, so unused room costs no memory.
-        self._memory = np.empty((count, size), dtype=np.uint8)
+        self._memory: npt.NDArray[np.uint8] = np.empty((count, size), dtype=np.uint8) if room is None else room._memory
         self.views: list[memoryview] = [memoryview(self._memory[i]) for i in range(count)]
         """One writable view a datagram, in the order of :meth:`receive`."""
         self._iov = _words(count, 2)

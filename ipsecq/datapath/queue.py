@@ -29,7 +29,7 @@ BATCH: Final = 64
 MAX_LENGTH: Final = 1024
 """Packets that the kernel keeps for us before it drops: about 10 ms of a busy worker."""
 
-RECEIVE_BUFFER: Final = 16 << 20
+RECEIVE_BUFFER: Final = 8 << 20
 """Octets of socket buffer; the kernel counts about twice the packets' size."""
 
 SOL_NETLINK: Final = 270
@@ -87,9 +87,11 @@ class Queue:
         gso: bool = False,
         receive_buffer: int = RECEIVE_BUFFER,
         batch: int = BATCH,
+        room: Queue | None = None,
     ) -> None:
         """Bind queue ``number`` of this network namespace.
 
+        ``room``: a queue of the same thread whose buffers this one uses, too: a read of either ends the other's batch.
         NetfilterError when another process has it or the kernel has no NFQUEUE.
         """
         self.number = number
@@ -119,7 +121,7 @@ class Queue:
         self._run = (-1, 0, 0)
         self._batch_header = nl.message(nl.NFQNL_MSG_VERDICT_BATCH, nl.NLM_F_REQUEST, 0, number, b"")[4:]
         self._layouts: list[nl.Layout] = []
-        self._vector = ReceiveVector(self.fd, batch, nl.PAYLOAD_MAX + 512)
+        self._vector: ReceiveVector = ReceiveVector(self.fd, batch, nl.PAYLOAD_MAX + 512, room._vector if room else None)
         try:
             self._configure(max_length, copy_range, gso, receive_buffer)
             # thread-self: /proc/net is the namespace of the process's first thread.

@@ -16,7 +16,7 @@ from ipsecq.daemon.control import ask
 from ipsecq.errors import IpsecqError
 from ipsecq.lab.gateway import AES_CBC_SHA256, AES_GCM, Algorithm, Gateway, Tunnel
 from ipsecq.lab.netns import Lab, LabError, wait_for
-from ipsecq.lab.topology import Site, build, firewall
+from ipsecq.lab.topology import Site, build, firewall, firewall_text
 from ipsecq.lab.traffic import ping
 
 RESTART_SECONDS: Final = 1.0
@@ -233,13 +233,12 @@ class Mayhem:
         return gateway
 
     def _flush(self) -> Gateway:
-        """The operator's firewall is loaded anew, as the distribution does: flush ruleset first."""
+        """The operator's firewall is loaded anew, as the distribution does: ``flush ruleset`` first, in one transaction."""
         gateway = self._any()
         site = self.network.sites[self.gateways.index(gateway)]
         repairs = gateway.metric("ipsecq_ruleset_repairs_total")
-        site.gateway.run("nft", "flush", "ruleset")
+        site.gateway.nft("flush ruleset\n" + firewall_text(site))
         wait_for(lambda: gateway.metric("ipsecq_ruleset_repairs_total") > repairs, "the repair", 5.0)
-        firewall(site)
         return gateway
 
     # -- helpers -----------------------------------------------------------------------------------------------------

@@ -161,11 +161,16 @@ def firewall(site: Site, *, masquerade_inner: str | None = None) -> None:
     ``masquerade_inner``: a source address that hides the LAN *inside* the tunnel too, by source NAT before ESP.  The
     table is called ``operator``; nothing else may ever touch it.
     """
+    site.gateway.nft(firewall_text(site, masquerade_inner=masquerade_inner))
+
+
+def firewall_text(site: Site, *, masquerade_inner: str | None = None) -> str:
+    """The ruleset of :func:`firewall`, to be loaded with nft."""
     far = 3 - site.number
     inner = ""
     if masquerade_inner:
         inner = f"oifname wan ip saddr {site.lan4} ip daddr 10.{far}.0.0/24 counter snat ip to {masquerade_inner}"
-    site.gateway.nft(f"""
+    return f"""
         table inet operator {{
             chain forward {{
                 type filter hook forward priority filter; policy drop;
@@ -187,4 +192,4 @@ def firewall(site: Site, *, masquerade_inner: str | None = None) -> None:
                 oifname "wan" ip6 saddr {site.lan6} ip6 daddr != fd00:{far}::/64 counter masquerade
             }}
         }}
-    """)
+    """

@@ -25,7 +25,7 @@ class WorkerSample:
     """Packets that the kernel dropped because the socket buffer was full."""
     pid: int = 0
     queue: int = 0
-    """Number of its NFQUEUE.  A worker that takes super-packets has a second queue, whose figures are added."""
+    """Number of its first NFQUEUE.  It has more (lanes, and one for super-packets), whose figures are added."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -40,18 +40,18 @@ BLOCK: Final = "counter name blocked_dropped drop"
 
 def worker_chains(settings: NetfilterSettings) -> dict[str, tuple[int, int, bool]]:
     """Chains that hold a queue statement: name → (first queue, last queue, bypass)."""
-    first, last = settings.queue_base, settings.queue_base + settings.workers - 1
+    first, last = settings.queue_base, settings.queue_base + settings.queues - 1
     chains: dict[str, tuple[int, int, bool]] = {}
     for prefix, bypass in (("worker", settings.queue_bypass), ("open", True)):
-        for worker in range(settings.workers):
-            chains[f"{prefix}_{worker}"] = first + worker, first + worker, bypass
+        for queue in range(settings.queues):
+            chains[f"{prefix}_{queue}"] = first + queue, first + queue, bypass
         chains[f"{prefix}_spread"] = first, last, bypass
     return chains
 
 
 def worker_suffixes(settings: NetfilterSettings) -> list[str]:
-    """What the names of chains of one worker, and of all, end in."""
-    return [*map(str, range(settings.workers)), "spread"]
+    """What the names of chains of one queue, and of all, end in."""
+    return [*map(str, range(settings.queues)), "spread"]
 
 
 def guard_set(guarded: Mapping[int, str]) -> Iterator[str]:
@@ -78,7 +78,7 @@ def compile_ruleset(
     other device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader`
     puts the queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
     """
-    plan = plan if plan is not None else Plan(settings.table, settings.workers)
+    plan = plan if plan is not None else Plan(settings.table, settings.workers, settings.lanes)
     table = settings.table
     lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
     lines += ["  " + line for line in _skeleton(settings, sysctl, guarded or {})]
@@ -197,8 +197,8 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
 
 
 def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
-    count = buckets(settings.workers)
-    targets = ", ".join(f"{bucket} : goto worker_{bucket % settings.workers}" for bucket in range(count))
+    count = buckets(settings.queues)
+    targets = ", ".join(f"{bucket} : goto worker_{bucket % settings.queues}" for bucket in range(count))
     yield "chain steer {"
     for field in ("esp spi", "ah spi", "comp cpi"):
         yield f"  {field} & {count - 1} vmap {{ {targets} }}"

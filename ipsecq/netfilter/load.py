@@ -97,11 +97,11 @@ class Loader:
             self.guard(devices)
 
     def _load_all(self, policies: list[Policy], sysctl: Sysctl, guarded: Mapping[int, str]) -> None:
-        plan = Plan(self.settings.table, self.settings.workers)
+        plan = Plan(self.settings.table, self.settings.workers, self.settings.lanes)
         # The sentinel first: from the first instant something drops, and while this replaces a flushed table
         # nothing gets around it.
         if self.sentinel is not None:
-            commands = Plan(self.settings.table, self.settings.workers).update(policies, sysctl)
+            commands = Plan(self.settings.table, self.settings.workers, self.settings.lanes).update(policies, sysctl)
             self.sentinel.load(commands, sysctl, guarded)
         run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan))
         self._plan, self._open = plan, False

@@ -218,8 +218,8 @@ class Plan:
     the plan no longer describes the kernel: drop it and start from a new one with a whole ruleset.
     """
 
-    def __init__(self, table: str, workers: int) -> None:
-        self.table, self.workers = table, workers
+    def __init__(self, table: str, workers: int, lanes: int = 1) -> None:
+        self.table, self.workers, self.lanes = table, workers, lanes
         self.sides = {
             (direction, family): Side(direction, family)
             for direction in (Direction.IN, Direction.OUT)
@@ -241,7 +241,7 @@ class Plan:
             number = policy.id or -1 - position
             if number in wanted:
                 raise ValueError(f"two policies have id {number}: {wanted[number][0].label}, {policy.label}")
-            wanted[number] = policy, verdict_of(policy, sysctl, self.workers)
+            wanted[number] = policy, verdict_of(policy, sysctl, self.workers, self.lanes)
         for number in [number for number, entry in self._entries.items() if wanted.get(number) != entry[:2]]:
             self._remove(number)
         fresh = sorted(wanted.keys() - self._entries.keys(), key=lambda number: _order(wanted[number][0], number))

@@ -18,8 +18,10 @@ class NetfilterSettings:
     table: str = "ipsecq"
     """Name of the ``inet`` and of the ``netdev`` table; nothing outside of these two is ever touched."""
     queue_base: int = 50
-    """Number of the first NFQUEUE; worker *i* serves ``queue_base + i``."""
+    """Number of the first NFQUEUE; worker *i* serves ``queue_base + i`` and every ``workers``-th one after it."""
     workers: int = 1
+    lanes: int = 1
+    """Queues of each worker (:mod:`ipsecq.netfilter.steering`)."""
     mark_mask: int = 0x03000000
     mark_done: int = 0x01000000
     """Sent by ipsecq, or by a socket with a ``bypass`` policy: leave alone."""
@@ -48,8 +50,16 @@ class NetfilterSettings:
                 f"mark_mask {self.mark_mask:#x} must be mark_done {self.mark_done:#x} | mark_stolen "
                 f"{self.mark_stolen:#x}, two different bits"
             )
-        if not 1 <= self.workers <= 256 or not 0 <= self.queue_base <= 0xFFFF - self.workers:
-            raise ValueError(f"workers {self.workers} (1 to 256) from queue {self.queue_base} on (up to 65535)")
+        if not 1 <= self.workers <= 256 or not 1 <= self.lanes <= 16 or not 0 <= self.queue_base <= 0xFFFF - self.queues:
+            raise ValueError(
+                f"workers {self.workers} (1 to 256), lanes {self.lanes} (1 to 16) from queue {self.queue_base} on "
+                "(up to 65535)"
+            )
+
+    @property
+    def queues(self) -> int:
+        """Queues of all workers."""
+        return self.workers * self.lanes
 
     @property
     def done(self) -> str:

@@ -2,6 +2,9 @@
 
 Inbound the kernel knows the SPI only, outbound the policy only, so there are two functions.  Both give one SA one
 worker: its sequence numbers leave in order and its replay window has one writer.
+
+A worker serves several queues, its lanes, in turn: an SA that gets too much fills its own lane, and those in other lanes
+keep their share.  Queue ``g`` (counted from the first one) belongs to worker ``g % workers``.
 """
 
 from __future__ import annotations
@@ -9,26 +12,41 @@ from __future__ import annotations
 from typing import Final
 from zlib import crc32
 
-from ipsecq.numbers import Mode
+from ipsecq.numbers import Level, Mode
 from ipsecq.policy.model import Policy
 
 _MIN_BUCKETS: Final = 16
 
 
-def buckets(workers: int) -> int:
-    """Number of SPI buckets: a power of two, so that the kernel's ``&`` finds one, and at least four a worker.
+def buckets(queues: int) -> int:
+    """Number of SPI buckets: a power of two, so that the kernel's ``&`` finds one, and at least four a queue.
 
-    With fewer, worker 0 of three would serve half of the SAs.
+    With fewer, queue 0 of three would get half of the SAs.
     """
     count = _MIN_BUCKETS
-    while count < workers * 4:
+    while count < queues * 4:
         count *= 2
     return count
 
 
-def inbound_worker(spi: int, workers: int) -> int:
-    """The worker that gets packets of this SPI (or CPI), by its low bits."""
-    return (spi & (buckets(workers) - 1)) % workers
+def inbound_queue(spi: int, queues: int) -> int:
+    """The queue that gets packets of this SPI (or CPI), by its low bits."""
+    return (spi & (buckets(queues) - 1)) % queues
+
+
+def queue_of(policy: Policy, workers: int, lanes: int) -> int | None:
+    """The queue that gets packets of an outbound policy: a lane of its worker, by its ends and its own SA, if any.
+
+    None: :func:`worker_of` has none, and the kernel spreads the packets over all queues.
+    """
+    worker = worker_of(policy, workers)
+    if worker is None:
+        return None
+    own = [
+        b"%b%b%d" % (transform.src or b"", transform.dst or b"", transform.reqid * (transform.level == Level.UNIQUE))
+        for transform in policy.transforms
+    ]
+    return crc32(b"/".join(own)) // workers % lanes * workers + worker
 
 
 def worker_of(policy: Policy, workers: int) -> int | None:

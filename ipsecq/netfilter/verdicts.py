@@ -6,7 +6,7 @@ the enc device).  The levels are those of the manual: ``use`` is never enforced,
 
 from __future__ import annotations
 
-from ipsecq.netfilter.steering import worker_of
+from ipsecq.netfilter.steering import queue_of
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.model import Policy, Transform
 from ipsecq.sysctl import FamilyKnobs, Sysctl
@@ -32,7 +32,7 @@ def enforced(policy: Policy, knobs: FamilyKnobs) -> bool:
     )
 
 
-def verdict_of(policy: Policy, sysctl: Sysctl, workers: int) -> str:
+def verdict_of(policy: Policy, sysctl: Sysctl, workers: int, lanes: int = 1) -> str:
     """The nft verdict for a packet that ``policy`` matches first."""
     inbound = policy.direction == Direction.IN
     knobs = sysctl.v4 if policy.selector.family == 4 else sysctl.v6
@@ -44,8 +44,8 @@ def verdict_of(policy: Policy, sysctl: Sysctl, workers: int) -> str:
         if not enforced(policy, knobs):
             return "accept"
         return "goto in_clear_open" if policy.fail_open else "goto in_clear"
-    worker = worker_of(policy, workers)
-    where = "spread" if worker is None else str(worker)
+    queue = queue_of(policy, workers, lanes)
+    where = "spread" if queue is None else str(queue)
     if policy.fail_open:
         return f"goto out_open_{where}"
     # A chain of its own for "use", whose packets may leave in clear by the engine's decision (see sentinel).

@@ -30,10 +30,10 @@ def chains(
         knobs = sysctl.v4 if family == 4 else sysctl.v6
         verdict = "accept" if knobs.def_policy else "drop"
         return [hook, f"policy_{side}_ipv{family}: no rule matches", f"default_{side}", verdict]
-    plan = Plan(settings.table, settings.workers)
+    plan = Plan(settings.table, settings.workers, settings.lanes)
     plan.update(policies, sysctl)
     places = plan.where(policy.id) or ["no rule: no packet can match it"]
-    verdict = verdict_of(policy, sysctl, settings.workers)
+    verdict = verdict_of(policy, sysctl, settings.workers, settings.lanes)
     return [hook, f"policy_{side}_ipv{family}", " and ".join(places), verdict]
 
 

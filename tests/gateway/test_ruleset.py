@@ -32,7 +32,7 @@ from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.netfilter.settings import NetfilterSettings
-from ipsecq.netfilter.steering import inbound_worker, worker_of
+from ipsecq.netfilter.steering import inbound_queue, worker_of
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.model import Policy, Selector, Transform
 from ipsecq.sysctl import Sysctl
@@ -300,7 +300,7 @@ def test_inbound_ipsec_is_steered_by_its_outermost_spi(site: Site) -> None:
             v6 = IPv6(src="fd00:2::2", dst="fd00:1::1", nh=protocol) / Raw(body)
             for packet in (v4, v6):
                 site.send(site.right, packet)
-                assert [queue for queue, _ in queues(site).take()] == [inbound_worker(spi, 3)], (spi, protocol, packet)
+                assert [queue for queue, _ in queues(site).take()] == [inbound_queue(spi, 3)], (spi, protocol, packet)
     assert site.counter("in_clear_dropped") == 0
 
 
@@ -309,7 +309,7 @@ def test_ah_behind_ipv6_extension_headers_is_found(site: Site) -> None:
     body = Raw(b"\x06\x04\0\0" + (0x1007).to_bytes(4, "big") + bytes(16))
     packet = IPv6(src="fd00:2::2", dst="fd00:2::1") / IPv6ExtHdrHopByHop() / IPv6ExtHdrDestOpt(nh=51) / body
     site.send(site.right, packet)
-    assert [queue for queue, _ in queues(site).take()] == [inbound_worker(0x1007, 3)]
+    assert [queue for queue, _ in queues(site).take()] == [inbound_queue(0x1007, 3)]
 
 
 def test_forwarded_ipsec_of_others_is_left_alone(site: Site) -> None:
@@ -328,7 +328,7 @@ def test_esp_in_udp_is_queued_while_ike_stays_and_keepalives_go(site: Site) -> N
         ike.settimeout(2)
         for body in (b"\xff", bytes(4) + b"IKE message", (0x1235).to_bytes(4, "big") + bytes(28)):
             site.send(site.right, IP(src="10.2.0.2", dst="10.2.0.1") / UDP(sport=4500, dport=4500) / Raw(body))
-        assert [queue for queue, _ in queues(site).take()] == [inbound_worker(0x1235, 3)]
+        assert [queue for queue, _ in queues(site).take()] == [inbound_queue(0x1235, 3)]
         assert ike.recv(100) == bytes(4) + b"IKE message"
     assert site.counter("natt_keepalives") == 1
 

@@ -133,7 +133,7 @@ def test_nft_prints_a_ruleset_that_nft_accepts(config, space):
     space.run("nft", "-f", "-", stdin=text)
     assert "table inet ipsecq" in space.run("nft", "list", "tables").stdout
     queues = [line.split()[-1] for line in done.stdout.splitlines() if " queue " in line]
-    assert {"18768", "18769", "18768-18769"} <= set(queues)
+    assert {"18768", "18769", "18768-18775"} <= set(queues)
 
 
 @pytest.mark.root

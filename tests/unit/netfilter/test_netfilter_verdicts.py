@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from ipsecq.netfilter.settings import NetfilterSettings
-from ipsecq.netfilter.steering import buckets, inbound_worker, worker_of
+from ipsecq.netfilter.steering import buckets, inbound_queue, queue_of, worker_of
 from ipsecq.netfilter.verdicts import verdict_of
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.model import Policy, Selector, Transform
@@ -71,7 +71,7 @@ def test_outbound_use_has_chains_of_its_own_as_it_may_leave_in_clear() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5, 16, 33])
 def test_every_worker_gets_its_share_of_spis(workers: int) -> None:
-    share = Counter(inbound_worker(spi, workers) for spi in range(0x1000, 0x1000 + 4 * buckets(workers)))
+    share = Counter(inbound_queue(spi, workers) for spi in range(0x1000, 0x1000 + 4 * buckets(workers)))
     assert set(share) == set(range(workers))
     assert max(share.values()) <= 1.5 * min(share.values())
 
@@ -79,3 +79,21 @@ def test_every_worker_gets_its_share_of_spis(workers: int) -> None:
 def test_marks_must_be_two_bits_of_the_mask() -> None:
     with pytest.raises(ValueError, match="mark_mask"):
         NetfilterSettings(mark_mask=0x1000000)
+
+
+def test_a_policys_queue_is_a_lane_of_its_worker_and_policies_that_share_an_sa_share_it() -> None:
+    def policy(level: Level, reqid: int, dst: bytes = B) -> Policy:
+        return Policy(Direction.OUT, ANY, Action.IPSEC, (Transform(Protocol.ESP, Mode.TUNNEL, A, dst, level, reqid),))
+
+    assert queue_of(policy(Level.REQUIRE, 0), 3, 4) == queue_of(policy(Level.USE, 7), 3, 4)
+    queues = [queue_of(policy(Level.UNIQUE, reqid), 3, 4) for reqid in range(1, 200)]
+    assert {queue % 3 for queue in queues if queue is not None} == {worker_of(policy(Level.UNIQUE, 1), 3)}
+    assert min(Counter(queues).values()) > 199 / 4 / 2
+    peers = Counter(queue_of(policy(Level.REQUIRE, 0, bytes([192, 0, 2, n])), 3, 4) for n in range(240))
+    assert len(peers) == 12
+    assert max(peers.values()) < 3 * 20
+
+
+def test_without_a_tunnel_there_is_no_queue_of_its_own() -> None:
+    policy = Policy(Direction.OUT, ANY, Action.IPSEC, (Transform(Protocol.ESP, Mode.TRANSPORT, level=Level.REQUIRE),))
+    assert queue_of(policy, 2, 4) is None
