@@ -22,6 +22,7 @@ from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.policy.model import Policy
+from ipsecq.setkey import printer
 from ipsecq.sysctl import Sysctl
 
 log: Final = logging.getLogger(f"{LOGGER}.ruleset")
@@ -45,6 +46,7 @@ class Ruleset:
         self._config, self._history, self._wanted, self._spawn = config, history, wanted, spawn
         self._routes_changed = routes_changed
         self._repair_due = False
+        self._known_open: set[str] = set()
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """A ruleset that blocks what the policies protect, before anything else is there.
@@ -61,6 +63,7 @@ class Ruleset:
             log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")
         self.links = LinkWatcher()
         stack.callback(self.links.close)
+        self._say_what_fails_open()
         await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices())
         loop = asyncio.get_running_loop()
         loop.add_reader(self.links.fileno(), self._links_changed)
@@ -89,7 +92,17 @@ class Ruleset:
 
     async def update(self) -> None:
         """Follow the SPD and the knobs; the caller holds ``busy``."""
+        self._say_what_fails_open()
         await asyncio.to_thread(self.loader.update, *self._wanted())
+
+    def _say_what_fails_open(self) -> None:
+        """A line for each policy that is new here and passes in clear when nobody serves it."""
+        if self._config.nftables.queue_bypass and not hasattr(self, "links"):  # once, at the start
+            log.warning("FAIL OPEN: queue_bypass is on: every policy passes in clear while no worker serves it")
+        found = {printer.config_policy(policy) for policy in self._wanted()[0] if policy.fail_open}
+        for text in sorted(found - self._known_open):
+            log.warning("FAIL OPEN: passes in clear while no worker serves it: %s", text)
+        self._known_open = found
 
     async def repair(self) -> None:
         """When somebody touched nf_tables since the last call: load what is missing of ours."""

@@ -62,6 +62,7 @@ def run(path: Path) -> int:
     journal = "JOURNAL_STREAM" in os.environ
     configure(content.config.log, journal=journal)
     privileges.forbid_dumps()
+    privileges.lock_memory()
     supervisor = Supervisor(content, journal=journal)
     return asyncio.run(supervisor.main())
 

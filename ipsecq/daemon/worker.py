@@ -131,6 +131,8 @@ class Worker:
         queue = _bind(setup.queues[0], gso=setup.plain_queue >= 0)
         lanes = [_bind(number, gso=queue.gso, room=queue) for number in setup.queues[1:]]
         plain_queue = _bind(setup.plain_queue, room=queue) if queue.gso else None
+        if queue.blind:
+            log.warning("%s: packets that the kernel drops are not counted; be root or in group root", queue.blind)
         output = RawOutput(setup.mark_done)
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)

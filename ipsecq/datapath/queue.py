@@ -12,6 +12,7 @@ import errno
 import socket
 import sys
 import warnings
+from io import FileIO
 from socket import htonl, ntohl
 from struct import Struct
 from types import TracebackType
@@ -31,6 +32,8 @@ MAX_LENGTH: Final = 1024
 
 RECEIVE_BUFFER: Final = 8 << 20
 """Octets of socket buffer; the kernel counts about twice the packets' size."""
+
+PROC_TABLE: Final = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
 SOL_NETLINK: Final = 270
 NETLINK_NO_ENOBUFS: Final = 5
@@ -64,7 +67,7 @@ class QueueStats(NamedTuple):
 def queue_table() -> dict[int, QueueStats]:
     """Every bound queue of this network namespace by its number; empty where NFQUEUE was never used."""
     try:
-        with open("/proc/thread-self/net/netfilter/nfnetlink_queue", "rb") as proc:
+        with open(PROC_TABLE, "rb") as proc:
             lines = proc.read().splitlines()
     except OSError:
         return {}
@@ -124,12 +127,18 @@ class Queue:
         self._vector: ReceiveVector = ReceiveVector(self.fd, batch, nl.PAYLOAD_MAX + 512, room._vector if room else None)
         try:
             self._configure(max_length, copy_range, gso, receive_buffer)
-            # thread-self: /proc/net is the namespace of the process's first thread.
-            self._proc = open("/proc/thread-self/net/netfilter/nfnetlink_queue", "rb", buffering=0)  # noqa: SIM115
         except BaseException:
             self._socket.detach()
             self._binding.unbind()
             raise
+        self.blind = ""
+        """Why the kernel's own counts cannot be read; empty when they can."""
+        self._proc: FileIO | None = None
+        try:
+            # thread-self: /proc/net is the namespace of the process's first thread.
+            self._proc = open(PROC_TABLE, "rb", buffering=0)  # noqa: SIM115
+        except OSError as error:  # mode 0440, group root: a daemon that is not in that group serves all the same
+            self.blind = f"{PROC_TABLE}: {error.strerror}"
 
     # -- configuration -----------------------------------------------------------------------------------------
 
@@ -333,7 +342,9 @@ class Queue:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def stats(self) -> QueueStats:
-        """Length and losses of this queue, from /proc; zeros when it isn't listed."""
+        """Length and losses of this queue, from /proc; zeros when it isn't listed or cannot be read (``blind``)."""
+        if self._proc is None:
+            return QueueStats(0, 0, 0, 0)
         self._proc.seek(0)
         for line in self._proc.read(65536).splitlines():
             fields = line.split()
@@ -345,7 +356,8 @@ class Queue:
         """Unbind: the kernel drops what waits, and whatever comes, unless a rule says bypass."""
         if self.fd >= 0:
             self.fd = -1
-            self._proc.close()
+            if self._proc is not None:
+                self._proc.close()
             self._socket.detach()
             self._binding.unbind()
 

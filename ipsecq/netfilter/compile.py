@@ -46,6 +46,8 @@ def worker_chains(settings: NetfilterSettings) -> dict[str, tuple[int, int, bool
         for queue in range(settings.queues):
             chains[f"{prefix}_{queue}"] = first + queue, first + queue, bypass
         chains[f"{prefix}_spread"] = first, last, bypass
+    # Clear packets that a fail-open policy wants protected: a worker drops them, and without one they pass.
+    chains["in_clear_open"] = first, last, True
     return chains
 
 
@@ -106,8 +108,6 @@ def compile_block(settings: NetfilterSettings) -> str:
     for chain, (_, _, bypass) in worker_chains(settings).items():
         lines.append(f"flush chain inet {settings.table} {chain}")
         lines.append(f"add rule inet {settings.table} {chain} {'accept' if bypass else BLOCK}")
-    lines.append(f"flush chain inet {settings.table} in_clear_open")
-    lines.append(f"add rule inet {settings.table} in_clear_open accept")
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +183,6 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield f"  goto open_{suffix}"
         yield "}"
     yield "chain in_clear { counter name in_clear_dropped drop; }"
-    yield "chain in_clear_open { counter name in_clear_dropped drop; }"
     yield "chain in_discard { counter name in_discard_dropped drop; }"
     yield "chain out_discard { counter name out_discard_dropped drop; }"
     for chain in ("inner", "inner_filter", "default_in", "default_out"):

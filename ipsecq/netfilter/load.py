@@ -166,8 +166,6 @@ class Loader:
             flags = "flags bypass " if bypass else ""
             queues = f"{first}-{last}" if last > first else f"{first}"
             lines.append(f"add rule inet {table} {chain} queue {flags}to {queues}")
-        lines.append(f"flush chain inet {table} in_clear_open")
-        lines.append(f"add rule inet {table} in_clear_open counter name in_clear_dropped drop")
         return "\n".join(lines) + "\n"
 
     def _open_compat(self) -> None:
@@ -178,10 +176,6 @@ class Loader:
             requests.append(compat.queue_rule(table, chain, first, last, bypass))
         with nl.NftSocket() as netlink:
             netlink.batch(requests)
-        run_nft(
-            f"flush chain inet {table} in_clear_open\n"
-            f"add rule inet {table} in_clear_open counter name in_clear_dropped drop\n"
-        )
 
     def block(self) -> None:
         """Protected traffic is dropped from here on, whatever becomes of the workers; fail-open policies pass."""
