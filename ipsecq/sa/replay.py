@@ -119,9 +119,9 @@ class ReplayWindow:
         last = first + count - 1
         newest = last >> 6
         old = (words[self._edge] >> 6) + 1
+        words[self._edge] = last  # first, as in update
         for block in range(old, min(newest + 1, old + mask + 1)):
             words[ring + (block & mask)] = 0
-        words[self._edge] = last
         # What a long run has itself pushed out of the ring leaves no trace.
         at = max(first, (newest - mask) << 6)
         while at <= last:

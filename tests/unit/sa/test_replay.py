@@ -133,8 +133,9 @@ def test_a_worker_that_takes_over_goes_on_with_the_same_window():
     assert [second.check(number) for number in (1, 2, 100, 3, 101)] == [-1, -1, -1, 3, 101]
 
 
+@pytest.mark.parametrize("how", ["update", "advance"])
 @pytest.mark.parametrize("ahead", [1, 64, 200, 100_000])
-def test_a_worker_that_dies_within_an_update_lets_no_older_number_in_again(ahead):
+def test_a_worker_that_dies_within_an_update_lets_no_older_number_in_again(ahead, how):
     class Dying(list):
         left = 1 << 30
 
@@ -151,7 +152,10 @@ def test_a_worker_that_dies_within_an_update_lets_no_older_number_in_again(ahead
         taken = [number for number in range(1000, 1100) if window.update(number)]
         words.left = stores
         try:
-            window.update(taken[-1] + ahead)
+            if how == "update":
+                window.update(taken[-1] + ahead)
+            else:
+                window.advance(taken[-1] + 1, ahead)
         except InterruptedError:
             stores += 1
         else:
