@@ -12,6 +12,7 @@ import typer
 import ipsecq
 from ipsecq.cli import report
 from ipsecq.cli.explain import explain
+from ipsecq.cli.monitor import monitor
 from ipsecq.cli.pcap import app as pcap
 from ipsecq.cli.setkey import importer, setkey
 from ipsecq.daemon import config as configuration
@@ -181,6 +182,7 @@ def reset(
     print(f"0x{number:08x}: {count} SA{'' if count == 1 else 's'} may send")
 
 
+app.command()(monitor)
 app.command()(explain)
 app.command()(setkey)
 app.add_typer(importer, name="import")

@@ -7,7 +7,7 @@ queued as operations for the workers (:mod:`ipsecq.daemon.replica`).  The owner 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -63,6 +63,8 @@ class Authority:
         self.problems: dict[SaKey, str] = {}
         """SAs that refuse to send, and why."""
         self.ledger = PairLedger(table.words, peer_limit)
+        self.observer: Callable[[str, SecurityAssociation | Policy], None] = lambda what, item: None
+        """Hears of every change: its name as an event, and the SA or policy."""
         self._table = table
         self._book = book
         self._batch = Batch()
@@ -147,6 +149,7 @@ class Authority:
         leaving = self._leaving.pop(sa.key, None)
         if leaving is not None:
             self._batch.retiring.append(leaving[1].slot)
+        self.observer("sa_added", sa)
         return sa
 
     def _give(self, sa: SecurityAssociation, passing: bool) -> None:
@@ -173,6 +176,7 @@ class Authority:
             if old.slot >= 0:
                 self._batch.retiring.append(old.slot)
             self._batch.moving.append((sa, passing))
+            self.observer("sa_updated", sa)
             return
         self._enroll(sa, passing, old.slot)
         if old.state is not SaState.LARVAL and sa.slot == old.slot and sa.slot >= 0:
@@ -182,11 +186,13 @@ class Authority:
         if old.slot != sa.slot and old.slot >= 0:
             self._batch.retiring.append(old.slot)
         self._operations.append(("sa_put", sa))
+        self.observer("sa_added" if old.state is SaState.LARVAL else "sa_updated", sa)
 
-    def delete_sa(self, key: SaKey) -> SecurityAssociation:
-        """Remove and return.  SadError ESRCH."""
+    def delete_sa(self, key: SaKey, what: str = "sa_deleted") -> SecurityAssociation:
+        """Remove and return; ``what`` the observer is told.  SadError ESRCH."""
         sa = self.sad.delete(key.dst, key.protocol, key.spi)
         self._gone(sa)
+        self.observer(what, sa)
         return sa
 
     def retire_sa(self, key: SaKey, now: float) -> SecurityAssociation:
@@ -204,6 +210,7 @@ class Authority:
             self.problems.pop(sa.key, None)
             self._leaving[key] = now + self._rekey_grace, sa
             self._operations.append(("sa_withdraw", *key))
+        self.observer("sa_deleted", sa)
         return sa
 
     def part(self, now: float) -> None:
@@ -216,6 +223,7 @@ class Authority:
         gone = self.sad.flush(protocol)
         for sa in gone:
             self._gone(sa)
+            self.observer("sa_deleted", sa)
         for key in [key for key in self._leaving if protocol in (None, key.protocol)]:
             self._gone(self._leaving.pop(key)[1])
         return gone
@@ -268,10 +276,11 @@ class Authority:
                 continue
             state = lifetime.judge(sa, words, now)
             if state is SaState.DEAD:
-                self.delete_sa(sa.key)
+                self.delete_sa(sa.key, "sa_expired:hard")
                 found.append((sa, True))
             elif state is SaState.DYING and sa.state is SaState.MATURE:
                 self.set_state(sa, SaState.DYING)
+                self.observer("sa_expired:soft", sa)
                 found.append((sa, False))
         return found
 
@@ -280,6 +289,7 @@ class Authority:
         gone = self.sad.expired_larval(now, self.sysctl.key.larval_lifetime)
         for sa in gone:
             self._gone(sa)
+            self.observer("sa_expired:larval", sa)
         return [(sa, True) for sa in gone]
 
     def sweep(self) -> list[SecurityAssociation]:
@@ -292,7 +302,9 @@ class Authority:
     def expire_policies(self, now: float) -> list[Policy]:
         """Remove the policies whose lifetime is over; return them."""
         gone = self.spd.expired(now)
-        self._operations.extend(("spd_delete", policy.id) for policy in gone)
+        for policy in gone:
+            self._operations.append(("spd_delete", policy.id))
+            self.observer("policy_expired", policy)
         return gone
 
     # -- policies and knobs ------------------------------------------------------------------------------------------
@@ -301,24 +313,29 @@ class Authority:
         """Add; return as stored.  SpdError EEXIST."""
         stored = self.spd.add(policy)
         self._operations.append(("spd_put", stored))
+        self.observer("policy_added", stored)
         return stored
 
     def update_policy(self, policy: Policy) -> Policy:
         """Replace or add; return as stored."""
         stored = self.spd.update(policy)
         self._operations.append(("spd_put", stored))
+        self.observer("policy_added", stored)
         return stored
 
     def delete_policy(self, policy_id: int) -> Policy:
         """Remove; return.  SpdError ENOENT."""
         policy = self.spd.delete_id(policy_id)
         self._operations.append(("spd_delete", policy_id))
+        self.observer("policy_deleted", policy)
         return policy
 
     def flush_policies(self) -> list[Policy]:
         """Remove all; return them."""
         gone = self.spd.flush()
         self._operations.append(("spd_replace", []))
+        for policy in gone:
+            self.observer("policy_deleted", policy)
         return gone
 
     def set_sysctl(self, name: str, value: int | str) -> tuple[int, int]:
@@ -392,6 +409,17 @@ class Authority:
         self.spd.replace_all(policies)
         if before != [(policy.id, policy) for policy in self.spd.dump()]:
             self._operations.append(("spd_replace", self.spd.dump()))
+            self._tell_difference(before)
+
+    def _tell_difference(self, before: list[tuple[int, Policy]]) -> None:
+        now = {policy.id for policy in self.spd}
+        known = {number for number, _ in before}
+        for number, policy in before:
+            if number not in now:
+                self.observer("policy_deleted", policy)
+        for policy in self.spd:
+            if policy.id not in known:
+                self.observer("policy_added", policy)
 
     def usage_words(self, sa: SecurityAssociation) -> memoryview | None:
         """The SA's slot, for counters; None while it has none."""

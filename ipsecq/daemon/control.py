@@ -3,6 +3,8 @@
     {"command": "sysctl", "set": {"net.inet.ipsec.dfbit": "1"}}
     {"ok": true, "result": …}          {"ok": false, "error": "…", "code": "sysctl", "exit_status": 1}
 
+A command may answer with a stream: ``{"ok": true, "stream": true}``, then one JSON object a line until one end closes.
+
 Who may: root and the daemon's own user everything, others what is in :data:`READ_ONLY`; the socket's mode lets nobody
 in but its owner and the configured group, and SO_PEERCRED says who came.  Clients, sizes and waits are bounded, so a
 stuck client holds up nobody.
@@ -17,9 +19,9 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from ipsecq.errors import DaemonError, IpsecqError
 
@@ -29,10 +31,25 @@ MAX_ANSWER: Final = 1 << 26
 PATIENCE: Final = 10.0
 """Seconds that a client has to say what it wants, and then to take the answer."""
 
-READ_ONLY: Final = frozenset({"status", "stat", "sysctl-get", "version"})
+MAX_STREAMS: Final = 8
+"""Clients that read a stream; the other places stay free for questions."""
+
+READ_ONLY: Final = frozenset({"status", "stat", "monitor", "sysctl-get", "version"})
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[object]]
-"""``handler(command, request) -> result``, something that JSON can say; IpsecqError for the client's eyes."""
+"""``handler(command, request) -> result``, something that JSON can say, or a :class:`Stream`; IpsecqError for the
+client's eyes."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An answer that goes on."""
+
+    async def take(self) -> list[dict[str, Any]]:
+        """The next objects, at least one; waits for it."""
+
+    def close(self) -> None:
+        """The client is gone."""
 
 
 class ControlServer:
@@ -44,6 +61,7 @@ class ControlServer:
         self._handler = handler
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
+        self._streams = 0
 
     async def start(self) -> None:
         """Listen.  Raises DaemonError; the caller holds the lock of the run directory, so an old socket is nobody's."""
@@ -78,13 +96,16 @@ class ControlServer:
         self._clients.add(task)
         try:
             if len(self._clients) > MAX_CLIENTS:
-                answer = _refusal(DaemonError("the control socket is busy: try again"))
+                answer: bytes | Stream = _refusal(DaemonError("the control socket is busy: try again"))
                 # A socket that closes with something unread in it takes the answer away from its client.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await reader.readline()
             else:
                 answer = await self._answer(reader, writer)
+            if not isinstance(answer, bytes):
+                await self._stream(answer, reader, writer)
+                return
             writer.write(answer)
             # Not wait_for: it makes a task, and one that never begins complains when the loop ends with the daemon.
             async with asyncio.timeout(PATIENCE):
@@ -96,7 +117,30 @@ class ControlServer:
             self._clients.discard(task)
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    async def _stream(self, stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until the client goes, says anything, or does not read for :data:`PATIENCE`."""
+        self._streams += 1
+        gone = asyncio.ensure_future(reader.read(1))
+        part: asyncio.Future[list[dict[str, Any]]] | None = None
+        try:
+            writer.write(b'{"ok": true, "stream": true}\n')
+            while not gone.done():
+                part = asyncio.ensure_future(stream.take())
+                await asyncio.wait((gone, part), return_when=asyncio.FIRST_COMPLETED)
+                if not part.done():
+                    return
+                writer.write(b"".join(json.dumps(each).encode() + b"\n" for each in part.result()))
+                async with asyncio.timeout(PATIENCE):
+                    await writer.drain()
+        finally:
+            self._streams -= 1
+            stream.close()
+            waiting = [each for each in (gone, part) if each is not None and not each.done()]
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes | Stream:
         async with asyncio.timeout(PATIENCE):
             line = await reader.readline()
         try:
@@ -108,7 +152,13 @@ class ControlServer:
         if command not in READ_ONLY and user not in (0, os.geteuid()):
             return _refusal(DaemonError(f"{command}: only root may"))
         try:
-            answer = json.dumps({"ok": True, "result": await self._handler(command, request)}).encode() + b"\n"
+            result = await self._handler(command, request)
+            if isinstance(result, Stream):
+                if self._streams < MAX_STREAMS:
+                    return result
+                result.close()
+                raise DaemonError(f"{command}: {MAX_STREAMS} clients read already: end one of them")
+            answer = json.dumps({"ok": True, "result": result}).encode() + b"\n"
         except IpsecqError as error:
             return _refusal(error)
         if len(answer) > MAX_ANSWER:
@@ -140,20 +190,46 @@ def ask(path: Path, command: str, *, timeout: float = 60.0, **arguments: object)
 
     Raises DaemonError when it can't be reached, ControlError when it refuses.
     """
+    octets = bytearray()
+    with _connection(path, command, timeout, arguments) as sock:
+        while chunk := sock.recv(1 << 18):
+            octets += chunk
+    return _result(path, octets)
+
+
+def follow(path: Path, command: str, **arguments: object) -> Iterator[dict[str, Any]]:
+    """Ask for a stream and iterate over its objects.
+
+    Raises as :func:`ask` does, DaemonError also when the daemon ends or drops a reader that is too slow.
+    """
+    with _connection(path, command, 60.0, arguments) as sock, sock.makefile("rb") as lines:
+        first = lines.readline()
+        if b'"stream"' not in first:
+            _result(path, first)
+        sock.settimeout(None)
+        for line in lines:
+            yield json.loads(line)
+    raise DaemonError(f"{path}: the daemon has ended, or dropped us as too slow")
+
+
+@contextlib.contextmanager
+def _connection(path: Path, command: str, timeout: float, arguments: dict[str, object]) -> Iterator[socket.socket]:
+    """A socket on which the question was asked; whatever goes wrong with it is a DaemonError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         sock.settimeout(timeout)
         try:
             sock.connect(str(path))
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            octets = bytearray()
-            while chunk := sock.recv(1 << 18):
-                octets += chunk
+            yield sock
         except (FileNotFoundError, ConnectionRefusedError):
             raise DaemonError(f"no daemon answers at {path}: is ipsecq running (systemctl status ipsecq)?") from None
         except PermissionError:
             raise DaemonError(f"{path}: permission denied: be root or of the group in [daemon] group") from None
         except OSError as error:
             raise DaemonError(f"{path}: {error.strerror or 'the daemon did not answer in time'}") from error
+
+
+def _result(path: Path, octets: bytes | bytearray) -> Any:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         answer = json.loads(octets)
         if answer["ok"]:

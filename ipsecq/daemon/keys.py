@@ -216,21 +216,22 @@ class KeyService:
 
     # -- news of the packet path -------------------------------------------------------------------------------------
 
-    def acquire(self, policy_id: int, protocol: int, mode: int, src: bytes, dst: bytes, reqid: int) -> None:
-        """A packet waits for an SA (a worker's words, checked against the SPD)."""
+    def acquire(self, policy_id: int, protocol: int, mode: int, src: bytes, dst: bytes, reqid: int) -> bool:
+        """A packet waits for an SA (a worker's words, checked against the SPD); False: not true, or too many do."""
         if len(src) != len(dst) or len(src) not in (4, 16) or len(self.server.acquires) >= MAX_ACQUIRES:
-            return
+            return False
         try:
             policy = self._authority.spd.get(policy_id)
         except SpdError:
-            return  # deleted a moment ago
+            return False  # deleted a moment ago
         for transform in policy.transforms:
             if _asks(transform, protocol, mode, src, dst, reqid):
                 sent = self.server.acquire(policy, transform, src, dst)
                 self._send(sent)
                 if not sent and not self.server.hub.anyone_registered_at_all():
                     self._nobody(policy)
-                return
+                return True
+        return False
 
     def _nobody(self, policy: Policy) -> None:
         now = time.monotonic()
@@ -248,13 +249,15 @@ class KeyService:
         for policy in policies:
             self._send(self.server.policy_expired(policy))
 
-    def moved(self, key: SaKey, address: bytes, port: int) -> None:
-        """The NAT in front of the peer of an inbound SA has changed (a worker's words)."""
+    def moved(self, key: SaKey, address: bytes, port: int) -> bool:
+        """The NAT in front of the peer of an inbound SA has changed (a worker's words); False: that cannot be."""
         if not 0 < port < 65536 or key not in self._authority.sad:
-            return
+            return False
         sa = self._authority.sad.get(*key)
-        if sa.natt is not None and len(address) == len(sa.src) and sa.state is not SaState.LARVAL:
-            self._send(self.server.new_mapping(sa, address, port))
+        if sa.natt is None or len(address) != len(sa.src) or sa.state is SaState.LARVAL:
+            return False
+        self._send(self.server.new_mapping(sa, address, port))
+        return True
 
     def _send(self, datagrams: Datagrams) -> None:
         """Behind the replies that wait: news never overtake what they are about."""

@@ -54,6 +54,8 @@ class WorkerHandle:
         self.beat = 0
         self.beat_time = 0.0
         self.failure = ""
+        self.ended = ""
+        """How its last life ended, for people."""
 
     @property
     def pid(self) -> int:
@@ -204,10 +206,8 @@ class WorkerPool:
         worker.crashes += 1
         status = process.returncode
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        log.error(
-            "worker %d (pid %d) ended after %.1f s (%s%s); replaced", worker.index, process.pid, lived, how,
-            f": {worker.failure}" if worker.failure else "",
-        )  # fmt: skip
+        worker.ended = f"{how}: {worker.failure}" if worker.failure else how
+        log.error("worker %d (pid %d) ended after %.1f s (%s); replaced", worker.index, process.pid, lived, worker.ended)
         if delay:
             loop = asyncio.get_running_loop()
             self._timers.add(loop.call_later(delay, self._again, worker))

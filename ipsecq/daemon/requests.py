@@ -27,6 +27,7 @@ class Requests:
             "version": self._version,
             "status": self._status,
             "stat": self._stat,
+            "monitor": self._monitor,
             "reload": self._reload,
             "sysctl-get": self._sysctl_get,
             "sysctl-set": self._sysctl_set,
@@ -52,6 +53,9 @@ class Requests:
 
     async def _stat(self, request: dict[str, Any]) -> object:
         return netstat.report(self._supervisor.sampler.counters(), str(request.get("protocol") or "") or None)
+
+    async def _monitor(self, request: dict[str, Any]) -> object:
+        return self._supervisor.watch.bus.subscribe()
 
     async def _reload(self, request: dict[str, Any]) -> object:
         return await self._supervisor.reload()

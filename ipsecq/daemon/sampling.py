@@ -16,7 +16,7 @@ from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.pool import WorkerPool
 from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
-from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, WorkerSample
+from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
 from ipsecq.policy.model import Policy
@@ -43,6 +43,10 @@ class History:
     started: float = field(default_factory=time.time)
     reloads: int = 0
     reload_failures: int = 0
+    reloads_done: int = 0
+    """Reloads that came to an end, either way."""
+    reload_error: str = ""
+    """Why the last one was refused."""
     reload_success: bool = True
     reload_time: float = field(default_factory=time.time)
     ruleset_repairs: int = 0
@@ -63,7 +67,7 @@ class Sampler:
     def snapshot(self) -> Snapshot:
         """See :class:`ipsecq.metrics.source.Source`."""
         sas = _patiently(self._authority.sad.dump)
-        policies = _patiently(self._authority.spd.dump)
+        policies = self.policies()
         history = self._history
         shown, youngest, states = [], _youngest(sas), Counts[tuple[str, str, str]]()
         for number, sa in enumerate(sas):
@@ -71,7 +75,7 @@ class Sampler:
             states[_PROTOCOL_NAMES[sa.protocol], direction, _STATE_NAMES[sa.state]] += 1
             if number < self._sa_limit:
                 shown.append(self._sample(sa, direction, youngest))
-        tunnels = _patiently(lambda: self._tunnels.samples(policies))
+        tunnels = self.tunnels()
         return Snapshot(
             workers=self.workers(),
             sas=shown,
@@ -94,6 +98,14 @@ class Sampler:
             mechanism=self._loader.mechanism or "",
             devices=sorted(dict(self._loader.guarded).values()),
         )
+
+    def policies(self) -> list[Policy]:
+        """The SPD."""
+        return _patiently(self._authority.spd.dump)
+
+    def tunnels(self) -> list[TunnelSample]:
+        """All tunnels."""
+        return _patiently(lambda: self._tunnels.samples(self.policies()))
 
     def fail_open(self, policies: Sequence[Policy]) -> int:
         """Number of policies that let packets pass in clear when nobody serves them."""

@@ -39,6 +39,7 @@ from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.undo import Undo
+from ipsecq.daemon.watch import Watch
 from ipsecq.datapath import enc0
 from ipsecq.datapath.output import RawOutput
 from ipsecq.errors import DaemonError, IpsecqError, StateError
@@ -109,6 +110,7 @@ class Supervisor:
             self._notifier.ready(self._summary())
             log.info("serving: %s", self._summary())
             await self._serve()
+            self.watch.bus.publish("stopping", how=self._stop_words())
             self._notifier.stopping()
             log.info("stopping: %s", self._stop_words())
         return 0
@@ -156,6 +158,8 @@ class Supervisor:
         output = RawOutput(self.ruleset.loader.settings.mark_done)
         stack.callback(output.close)
         self.nat = NatPeers(self.authority, output, self.sampler.is_local, config.daemon.natt_keepalive)
+        self.watch = Watch(self.sampler, self.pool, self.history)
+        self.authority.observer = self.watch.changed
         self.requests = Requests(self)
         control = ControlServer(config.control_socket, config.daemon.group, self.requests.handle)
         await control.start()
@@ -225,6 +229,7 @@ class Supervisor:
             self.keys.tick()
             self.nat.keep_alive(time.time())
             await self.ruleset.repair()
+            self.watch.tick()
 
     def _top_up(self, slot: int) -> None:
         try:
@@ -304,15 +309,17 @@ class Supervisor:
                 self.authority.revert(undo)
                 await self.publish()
                 raise
-        except IpsecqError:
+        except IpsecqError as error:
             self.history.reload_failures += 1
-            self.history.reload_success = False
+            self.history.reload_success, self.history.reload_error = False, str(error)
             raise
+        finally:
+            self.history.reloads_done += 1
         self.content, self.config = content, content.config
         self._from_files = {sa.key for sa in content.sad}
         self.ruleset.save_blocked()
         configure(content.config.log, journal=self._journal)
-        self.history.reload_success, self.history.reload_time = True, time.time()
+        self.history.reload_success, self.history.reload_time, self.history.reload_error = True, time.time(), ""
         return self._summary()
 
     async def _reload_by_signal(self) -> None:
@@ -348,17 +355,20 @@ class Supervisor:
             if kind == "path_mtu":
                 self.pool.broadcast([("path_mtu", bytes.fromhex(report["dst"]), int(report["mtu"]))], but=worker.index)
             elif kind == "acquire":
-                self.keys.acquire(
+                wanted = (
                     int(report["policy"]), int(report["protocol"]), int(report["mode"]),
                     bytes.fromhex(report["src"]), bytes.fromhex(report["dst"]), int(report["reqid"]),
                 )  # fmt: skip
+                if self.keys.acquire(*wanted):
+                    self.watch.acquire(*wanted)
             elif kind == "expired":
                 key = _reported_key(report)
                 if key in self.authority.sad:
                     self._expire([self.authority.sad.get(*key)])
             elif kind == "moved":
                 key, address, port = _reported_key(report), bytes.fromhex(report["src"]), int(report["sport"])
-                self.keys.moved(key, address, port)
+                if self.keys.moved(key, address, port):
+                    self.watch.moved(key, address, port)
                 if self.nat.follow(key, address, port):
                     self.spawn(self.publish())
         except (KeyError, TypeError, ValueError):

@@ -6,14 +6,37 @@ import json
 import os
 import socket
 import threading
+import time
 
 import pytest
 
-from ipsecq.daemon.control import MAX_CLIENTS, MAX_REQUEST, ControlError, ControlServer, ask
+from ipsecq.daemon.control import MAX_CLIENTS, MAX_REQUEST, MAX_STREAMS, ControlError, ControlServer, ask, follow
 from ipsecq.errors import DaemonError, SysctlError
 
 
+class Numbers:
+    """A stream that always has something."""
+
+    closed = 0
+
+    async def take(self):
+        await asyncio.sleep(0)
+        return [{"number": number, "filler": "x" * 1000} for number in range(100)]
+
+    def close(self):
+        Numbers.closed += 1
+
+
+class Silence(Numbers):
+    """A stream that never has anything."""
+
+    async def take(self):
+        await asyncio.Event().wait()
+
+
 async def handler(command, request):
+    if command in ("monitor", "silence"):
+        return Numbers() if command == "monitor" else Silence()
     if command == "fail":
         raise SysctlError("unknown oid 'x'")
     if command == "long":
@@ -157,6 +180,56 @@ def test_too_many_clients_are_told(path):
         ask(path, "status", timeout=2)
     for each in silent:
         each.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_stream_goes_on_until_its_reader_goes(path):
+    before = Numbers.closed
+    stream = follow(path, "monitor")
+    assert [next(stream)["number"] for _ in range(250)] == [*range(100), *range(100), *range(50)]
+    stream.close()
+    until(lambda: Numbers.closed == before + 1)
+    silent = raw(path)
+    silent.sendall(b'{"command": "silence"}\n')
+    assert silent.recv(100) == b'{"ok": true, "stream": true}\n'
+    silent.close()
+    until(lambda: Numbers.closed == before + 2)
+
+
+def test_a_reader_that_does_not_read_is_dropped_and_holds_up_nobody(path, monkeypatch):
+    monkeypatch.setattr("ipsecq.daemon.control.PATIENCE", 0.3)
+    before = Numbers.closed
+    stuck = raw(path)
+    stuck.sendall(b'{"command": "monitor"}\n')
+    assert ask(path, "status", timeout=2)["command"] == "status"
+    until(lambda: Numbers.closed == before + 1)
+    with contextlib.suppress(ConnectionResetError):
+        while stuck.recv(1 << 20):  # what was on its way, then the end
+            pass
+    stuck.close()
+
+
+def test_streams_leave_places_for_questions(path):
+    readers = [raw(path) for _ in range(MAX_STREAMS)]
+    for each in readers:
+        each.sendall(b'{"command": "silence"}\n')
+        assert b"stream" in each.recv(100)
+    with pytest.raises(ControlError, match="clients read already"):
+        next(follow(path, "silence"))
+    assert ask(path, "status", timeout=2)["command"] == "status"
+    for each in readers:
+        each.close()
+
+
+def test_a_stream_that_is_refused_is_an_error_as_any(path):
+    with pytest.raises(ControlError, match="unknown oid"):
+        next(follow(path, "fail"))
 
 
 def test_a_daemon_that_is_not_there_is_an_error_with_a_hint(tmp_path):
