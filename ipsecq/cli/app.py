@@ -15,6 +15,7 @@ from ipsecq.cli.explain import explain
 from ipsecq.cli.monitor import monitor
 from ipsecq.cli.pcap import app as pcap
 from ipsecq.cli.setkey import importer, setkey
+from ipsecq.cli.top import top
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 
@@ -182,6 +183,7 @@ def reset(
     print(f"0x{number:08x}: {count} SA{'' if count == 1 else 's'} may send")
 
 
+app.command()(top)
 app.command()(monitor)
 app.command()(explain)
 app.command()(setkey)

@@ -64,8 +64,9 @@ class Sampler:
         self._tunnels = Tunnels(authority)
         self._local: dict[bytes, tuple[float, bool]] = {}
 
-    def snapshot(self) -> Snapshot:
-        """See :class:`ipsecq.metrics.source.Source`."""
+    def snapshot(self, sa_limit: int = -1) -> Snapshot:
+        """See :class:`ipsecq.metrics.source.Source`; ``sa_limit`` in the place of the configured one."""
+        limit = self._sa_limit if sa_limit < 0 else sa_limit
         sas = _patiently(self._authority.sad.dump)
         policies = self.policies()
         history = self._history
@@ -73,7 +74,7 @@ class Sampler:
         for number, sa in enumerate(sas):
             direction = self.direction(sa)
             states[_PROTOCOL_NAMES[sa.protocol], direction, _STATE_NAMES[sa.state]] += 1
-            if number < self._sa_limit:
+            if number < limit:
                 shown.append(self._sample(sa, direction, youngest))
         tunnels = self.tunnels()
         return Snapshot(

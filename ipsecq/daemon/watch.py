@@ -14,6 +14,7 @@ from ipsecq.daemon.events import EventBus
 from ipsecq.daemon.pool import WorkerPool
 from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.metrics.associations import address
+from ipsecq.metrics.live import KERNEL_DROPS
 from ipsecq.metrics.reasons import DROPS, reason
 from ipsecq.metrics.source import TunnelSample, WorkerSample
 from ipsecq.numbers import Mode, Protocol, SaState
@@ -23,11 +24,6 @@ from ipsecq.setkey import printer
 
 INTERVAL: Final = 1.0
 """Seconds between two looks: drops of one reason are one event in it, however many they are."""
-KERNEL_DROPS: Final = {
-    "queue_full": "the kernel's queue was full: the worker is too slow for this traffic",
-    "socket_full": "the worker's socket buffer was full",
-    "truncated": "cut off on the way to the worker",
-}
 
 
 class Watch:

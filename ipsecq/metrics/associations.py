@@ -47,11 +47,13 @@ def _sequence_share(sample: SaSample, now: float) -> float:
     return sample.words[Slot.SEQUENCE] / (1 << 64 if sample.sa.esn else 1 << 32)
 
 
-def _state(sample: SaSample, now: float) -> int:
+def state(sample: SaSample, now: float) -> int:
+    """The SA's state, or what a worker has found it to be."""
     return max(sample.words[Slot.STATE] or sample.sa.state, SaState(sample.sa.state))
 
 
-def _expiry(limit: Lifetime, sample: SaSample) -> float | None:
+def expiry(limit: Lifetime, sample: SaSample) -> float | None:
+    """Unix time at which time alone ends the SA by ``limit``; None: it does not."""
     ends = []
     if limit.addtime:
         ends.append(sample.sa.created + limit.addtime)
@@ -60,7 +62,7 @@ def _expiry(limit: Lifetime, sample: SaSample) -> float | None:
     return min(ends, default=None)
 
 
-def _hard_share(sample: SaSample, now: float) -> float:
+def hard_share(sample: SaSample, now: float) -> float:
     """How near the SA is to its end: the largest share of a hard limit, or of the numbers that it can send."""
     limit, words = sample.sa.hard, sample.words
     shares = [0.0 if sample.sa.protocol == Protocol.IPCOMP else _sequence_share(sample, now)]
@@ -88,24 +90,24 @@ SERIES: Final = (
     SaSeries(
         "ipsecq_sa_last_use_timestamp_seconds", _G, "Unix time of the last packet, 0 before it.", _word(Slot.LAST_USE)
     ),
-    SaSeries("ipsecq_sa_state", _G, "0 larval, 1 mature, 2 dying, 3 dead.", _state),
+    SaSeries("ipsecq_sa_state", _G, "0 larval, 1 mature, 2 dying, 3 dead.", state),
     SaSeries(
         "ipsecq_sa_refused", _G, "1: the SA must not send, what it sent before is not known.",
         lambda sample, now: sample.refused,
     ),
     SaSeries(
         "ipsecq_sa_soft_expiry_timestamp_seconds", _G, "Unix time at which the soft limit ends it, if time does.",
-        lambda sample, now: _expiry(sample.sa.soft, sample),
+        lambda sample, now: expiry(sample.sa.soft, sample),
     ),
     SaSeries(
         "ipsecq_sa_hard_expiry_timestamp_seconds", _G, "Unix time at which the hard limit ends it, if time does.",
-        lambda sample, now: _expiry(sample.sa.hard, sample),
+        lambda sample, now: expiry(sample.sa.hard, sample),
     ),
     SaSeries(
         "ipsecq_sa_lifetime_used_ratio", _G,
         "How near the SA is to its end: the largest share of a hard limit (time, bytes, packets) or of its sequence"
         " numbers that is used up.",
-        _hard_share,
+        hard_share,
     ),
     SaSeries(
         "ipsecq_sa_has_successor", _G,

@@ -1,0 +1,191 @@
+"""Watching two live gateways: events, the terminal view, Prometheus with our dashboard, the status page in a browser."""
+
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from fcntl import ioctl
+from termios import TIOCSWINSZ
+
+import pyte
+import pytest
+from world import started
+
+from ipsecq.lab.gateway import Gateway, Tunnel
+from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.topology import build
+from ipsecq.lab.traffic import ping
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two gateways, and an echo request from host to host ten times a second."""
+    with Lab() as lab:
+        network = build(lab)
+        tunnel = Tunnel(network)
+        gateways = [Gateway(site.gateway, tunnel.setkey(site), listen="0.0.0.0").start() for site in network.sites]
+        started[:] = gateways
+        one, two = network.sites
+        for version in (4, 6):
+            one.host.popen("ping", "-n", "-q", "-i", "0.1", two.host_address(version), log=lab.directory / f"ping{version}")
+        wait_for(lambda: gateways[0].metric("ipsecq_sa_packets_total") > 0, "traffic")
+        yield network, gateways
+
+
+def argv(gateway, *words):
+    return gateway.space.argv((sys.executable, "-m", "ipsecq", *words, "--config", str(gateway.config)))
+
+
+# -- ipsecq monitor --------------------------------------------------------------------------------------------------
+
+
+class Monitor:
+    """``ipsecq monitor --json`` with what it said so far."""
+
+    def __init__(self, gateway, *options):
+        self.process = subprocess.Popen(argv(gateway, "monitor", *options), stdout=subprocess.PIPE, text=True)
+        self.lines = []
+        threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True).start()
+
+    def __enter__(self):
+        wait_for(lambda: self.lines, "the greeting")
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()
+        self.process.wait()
+
+    def saw(self, event, timeout=5.0, **fields):
+        def found():
+            for each in map(json.loads, list(self.lines)):
+                if each["event"] == event and fields.items() <= each.items():
+                    return each
+            return None
+
+        return wait_for(found, f"{event} {fields}", timeout)
+
+
+def setkey(gateway, text):
+    subprocess.run(argv(gateway, "setkey", "-c"), input=text, text=True, check=True, timeout=60)
+
+
+def test_monitor_tells_of_sas_limits_acquires_drops_reloads_workers_and_tunnels(pair):
+    network, (gateway, _) = pair
+    one = network.one
+    ends = f"{one.wan4} 203.0.113.9"
+    with Monitor(gateway, "--json") as monitor:
+        hello = json.loads(monitor.lines[0])
+        assert (hello["event"], hello["workers"], hello["fail_open_policies"]) == ("hello", 2, 0)
+
+        setkey(
+            gateway, f"add {ends} esp 0x5001 -m tunnel -lh 2 -ls 1 -E aes-gcm-16 0x{'ab' * 20};"
+            "spdadd 10.1.0.0/24 10.77.0.0/24 any -P out ipsec "
+            f"esp/tunnel/{ends.replace(' ', '-')}/require;",
+        )  # fmt: skip
+        added = monitor.saw("sa_added", spi="0x00005001")
+        assert (added["protocol"], added["mode"], added["direction"], added["dst"]) == (
+            "esp", "tunnel", "out", "203.0.113.9",
+        )  # fmt: skip
+        assert monitor.saw("policy_added")["policy"].startswith("spdadd 10.1.0.0/24")
+        monitor.saw("sa_expired", spi="0x00005001", limit="soft")
+        monitor.saw("sa_expired", spi="0x00005001", limit="hard")
+        monitor.saw("tunnel_down", peer="203.0.113.9", missing="no outbound ESP SA")
+        ping(one.host, "10.77.0.1", count=1, wait=0.2)
+        assert monitor.saw("acquire", dst="203.0.113.9")["protocol"] == "esp"
+
+        # ESP with an SPI that nobody has.
+        one.host.call(lambda: _send_esp(one.gateway4))
+        drop = monitor.saw("drops", reason="esp_notdb")
+        assert (drop["count"], drop["meaning"]) == (3, "ESP: no SA for its SPI")
+
+        gateway.command("reload")
+        assert monitor.saw("reload", success=True)
+        os.kill(gateway.workers()[1], signal.SIGKILL)
+        assert monitor.saw("worker_restart", worker=1)["ended"] == "SIGKILL"
+        setkey(gateway, "spddelete 10.1.0.0/24 10.77.0.0/24 any -P out; ")
+        monitor.saw("policy_deleted")
+        assert "abab" not in "".join(monitor.lines)
+    with Monitor(gateway, "-e", "hello") as words:
+        assert "hello" in words.lines[0]
+        assert "version" in words.lines[0]
+
+
+def _send_esp(address):
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ESP) as sock:
+        for number in range(3):
+            sock.sendto(struct.pack(">II", 0x7777, number + 1) + bytes(60), (address, 0))
+
+
+# -- ipsecq top ------------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A terminal of 80 columns and 24 lines with a program in it."""
+
+    def __init__(self, words):
+        self.screen = pyte.Screen(80, 24)
+        self._stream = pyte.ByteStream(self.screen)
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ.update(TERM="xterm-256color", LC_ALL="C.UTF-8")
+            os.execvp(words[0], words)
+        ioctl(self.fd, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def shows(self, *texts):
+        def seen():
+            while select.select([self.fd], [], [], 0)[0]:
+                self._stream.feed(os.read(self.fd, 65536))
+            shown = "\n".join(self.screen.display)
+            return all(text in shown for text in texts)
+
+        wait_for(seen, f"{texts} in\n" + "\n".join(self.screen.display), 15)
+        return self.screen.display
+
+    def press(self, keys):
+        os.write(self.fd, keys.encode())
+
+    def status(self):
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_top_shows_rates_in_80_columns_and_takes_keys(pair):
+    network, (gateway, _) = pair
+    terminal = Terminal(argv(gateway, "top", "-d", "0.5"))
+    spi = f"0x{Tunnel.spi + 16 + 4:08x}"
+    shown = terminal.shows("ipsecq", "pkt/s", spi, network.two.wan4, "mature", "q quit")
+    row = next(line for line in shown if spi in line)
+    assert row.split()[:4] == ["out", "esp", spi, network.two.wan4]
+    wait_for(lambda: 8 <= float(next(line for line in terminal.shows(spi) if spi in line).split()[4]) <= 12, "10 a second")
+    terminal.press("p")
+    terminal.shows("s SAs")
+    terminal.press("a")
+    terminal.shows("sort: peer")
+    first = next(line for line in terminal.shows("peer") if line.startswith(("in ", "out")))
+    assert first.split()[1] == network.two.wan4
+    terminal.press(" ")
+    terminal.shows("space go on")
+    terminal.press("q")
+    assert terminal.status() == 0
+
+
+def test_top_for_scripts(pair):
+    _, (gateway, _) = pair
+    text = gateway.command("top", "--once", "-d", "0.5").stdout
+    assert max(map(len, text.splitlines())) <= 80
+    assert "bit/s" in text
+    views = [json.loads(line) for line in gateway.command("top", "--json", "-n", "2", "-d", "0.3").stdout.splitlines()]
+    assert len(views) == 2
+    assert {flow["direction"] for flow in views[0]["sas"]} == {"in", "out"}
+    assert all(flow["packets"] > 0 for flow in views[1]["sas"])
+    assert [worker["up"] for worker in views[0]["workers"]] == [True, True]
+    refused = gateway.command("top", check=False)
+    assert (refused.returncode, refused.stderr) == (1, "ipsecq: top: the output is no terminal: use --once or --json\n")
