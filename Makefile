@@ -16,7 +16,7 @@ PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping uti
 PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
 PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) systemd groff-base conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check fuzz overload chaos bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
+.PHONY: help demo test check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,11 @@ overload: ## a minute of several times the capacity: who keeps his share, what i
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
 	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.lab.overload $(OVERLOAD)
+
+soak: ## an hour at half load: nothing may grow; SOAK="--seconds 600" (root)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+	@.ci/need-venv $(VENV)
+	@$(VENV)/bin/python -m ipsecq.lab.soak $(SOAK)
 
 bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)

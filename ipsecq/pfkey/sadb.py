@@ -9,6 +9,7 @@ import errno
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.pfkey import saconvert
@@ -21,6 +22,10 @@ from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
 from ipsecq.sa.association import Lifetime, SaKey, SecurityAssociation
 
+MAX_LARVAL: Final = 8192
+"""Larval SAs of all clients: each is a GETSPI that a peer's IKE message can cause."""
+MAX_LARVAL_CLIENT: Final = 4096
+"""Larval SAs of one client."""
 _TRIES = 64
 """Random draws before the range is searched from a random start: enough for any range that is not nearly full."""
 
@@ -35,7 +40,8 @@ class SaHandlers:
     clock: Callable[[], float]
     randbelow: Callable[[int], int]
     allow_legacy: bool
-    _larvals: deque[tuple[float, SecurityAssociation]] = field(default_factory=deque)
+    _larvals: deque[tuple[float, SecurityAssociation, int]] = field(default_factory=deque)
+    """(end of its time, SA, client id); those that have matured meanwhile are still there."""
 
     # -- requests --------------------------------------------------------------------------------------
 
@@ -46,6 +52,7 @@ class SaHandlers:
         low, high = self._range(message, protocol)
         mode, reqid = saconvert.mode_of(message), message.sa2.reqid if message.sa2 else 0
         now = self.clock()
+        self._need_room(client)
         spi = self._free_spi(dst.address, protocol, low, high, client.dialect)
         larval = SecurityAssociation(
             protocol, spi, src.address, dst.address, mode=mode, reqid=reqid, state=SaState.LARVAL,
@@ -53,8 +60,20 @@ class SaHandlers:
             label=f"pfkey:{message.pid}",
         )  # fmt: skip
         self.database.add_sa(larval)
-        self._larvals.append((now + LARVAL_LIFETIME, larval))
+        self._larvals.append((now + LARVAL_LIFETIME, larval, client.id))
         self.hub.unicast(client, self._describe(larval, MessageType.GETSPI, message.seq, message.pid))
+
+    def _need_room(self, client: Client) -> None:
+        """PfkeyError ENOBUFS when too many larval SAs wait to be completed."""
+        if len(self._larvals) < MAX_LARVAL_CLIENT:
+            return
+        self._larvals = deque(entry for entry in self._larvals if self._is_larval(entry[1]))
+        mine = sum(owner == client.id for _, _, owner in self._larvals)
+        if len(self._larvals) >= MAX_LARVAL or mine >= MAX_LARVAL_CLIENT:
+            raise PfkeyError(f"{len(self._larvals)} larval SAs wait to be completed: no room for more", errno.ENOBUFS)
+
+    def _is_larval(self, sa: SecurityAssociation) -> bool:
+        return self.database.find_sa(sa.key) is sa and sa.state is SaState.LARVAL
 
     def _range(self, message: Message, protocol: Protocol) -> tuple[int, int]:
         if message.spirange is None:
@@ -181,7 +200,7 @@ class SaHandlers:
         """Remove larval SAs whose time is over."""
         while self._larvals and self._larvals[0][0] <= now:
             larval = self._larvals.popleft()[1]
-            if self.database.find_sa(larval.key) is larval and larval.state is SaState.LARVAL:
+            if self._is_larval(larval):
                 self.database.delete_sa(larval.key)
                 self.expire(larval, hard=True)
 

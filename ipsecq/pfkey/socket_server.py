@@ -34,6 +34,10 @@ _QUEUE_LIMIT: Final = 4 << 20
 """Octets that may wait for one client."""
 _QUEUE_LOW: Final = 64 << 10
 """Below this a dump goes on, and requests are read again."""
+MAX_CLIENTS: Final = 128
+"""Connections of all users."""
+MAX_CLIENTS_USER: Final = 32
+"""Connections of one user other than root."""
 _TURN: Final = 64
 """Messages read from, and dump records written to, one client before the others have their turn."""
 _UCRED: Final = struct.Struct("=iII")
@@ -157,7 +161,7 @@ class PfkeySocketServer:
             pid, uid, _ = _UCRED.unpack(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
             # The file's mode has let the peer in; without a group nobody but root and ourselves belongs here,
             # whatever somebody did to the mode.
-            if group is None and uid not in (0, os.geteuid()):
+            if (group is None and uid not in (0, os.geteuid())) or self._crowded(uid):
                 accepted.close()
                 continue
             self._last_id += 1
@@ -165,6 +169,11 @@ class PfkeySocketServer:
             self._connections[accepted.fileno()] = self._by_id[connection.id] = connection
             self.server.open(connection.id, privileged=uid == 0, dialect=dialect)
             self._epoll.register(accepted.fileno(), connection.interest)
+
+    def _crowded(self, uid: int) -> bool:
+        """No room for one more connection of this user."""
+        users = [connection.uid for connection in self._connections.values()]
+        return len(users) >= MAX_CLIENTS or (uid != 0 and users.count(uid) >= MAX_CLIENTS_USER)
 
     def _read(self, connection: _Connection, events: int) -> None:
         replies: Datagrams = []

@@ -1,6 +1,9 @@
 """Workers that hang, a daemon that dies under traffic: replaced, blocked meanwhile, and no number is used twice."""
 
+import contextlib
 import os
+import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -95,6 +98,27 @@ def test_a_running_daemon_has_two_capabilities_in_every_thread_and_workers_one(m
     world.one.metrics_text()
     assert held(world.one.pid) == {net_admin | net_raw}
     assert [held(pid) for pid in world.one.workers()] == [{net_admin}, {net_admin}]
+
+
+def test_daemon_and_workers_leave_no_core_and_stay_out_of_swap(make_world):
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        locked = True
+    except (ValueError, OSError):  # a container without CAP_SYS_RESOURCE: then it must serve all the same
+        locked = False
+    try:
+        world = make_world()
+    finally:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+    for pid in (world.one.pid, *world.one.workers()):
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert re.search(r"Max core file size +0 +0 ", limits)
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert (int(re.search(r"VmLck:\s+(\d+)", status)[1]) > 10_000) == locked
+    one, two = world.network.sites
+    assert ping(one.host, two.host4) == 3
 
 
 def test_no_key_is_in_status_metrics_log_or_the_rules_on_disk(make_world):
