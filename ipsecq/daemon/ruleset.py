@@ -45,7 +45,9 @@ class Ruleset:
         self.busy = asyncio.Lock()
         self._config, self._history, self._wanted, self._spawn = config, history, wanted, spawn
         self._routes_changed = routes_changed
-        self._repair_due = False
+        self._repair_due = self._looking = False
+        self._open = False
+        """From the first queue statement to the stop: what is missing is loaded again."""
         self._known_open: set[str] = set()
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -72,9 +74,16 @@ class Ruleset:
         loop.add_reader(self._nft.socket.fileno(), self._touched)
         stack.callback(loop.remove_reader, self._nft.socket.fileno())
 
+    async def open(self) -> None:
+        """Workers serve: put the queue statements in."""
+        async with self.busy:
+            await asyncio.to_thread(self.loader.open_queues)
+            self._open = True
+
     async def close(self) -> None:
         """Block, or by ``on_stop`` take the tables away."""
         async with self.busy:
+            self._open = False
             try:
                 if self._config.daemon.on_stop == "remove":
                     await asyncio.to_thread(self.loader.remove)
@@ -110,7 +119,7 @@ class Ruleset:
             return
         self._repair_due = False
         async with self.busy:
-            if await asyncio.to_thread(self.loader.is_loaded):
+            if not self._open or await asyncio.to_thread(self.loader.is_loaded):
                 return
             log.error("our nftables tables were changed or removed by somebody else: loaded again")
             self._history.ruleset_repairs += 1
@@ -122,9 +131,18 @@ class Ruleset:
                 self._repair_due = True
 
     def _touched(self) -> None:
-        """Somebody changed nf_tables, perhaps we: the next tick looks."""
+        """Somebody changed nf_tables, perhaps we: look at once, and if more comes meanwhile, again at the next tick."""
         self._nft.drain()
         self._repair_due = True
+        if not self._looking:
+            self._looking = True
+            self._spawn(self._look())
+
+    async def _look(self) -> None:
+        try:
+            await self.repair()
+        finally:
+            self._looking = False
 
     def _devices(self) -> dict[int, str]:
         """Devices that need an egress chain: all but loopback and our own."""

@@ -173,7 +173,7 @@ class Supervisor:
         if config.metrics_address is not None:
             metrics = MetricsServer(*config.metrics_address, self.sampler)
             stack.callback(metrics.close)
-        await asyncio.to_thread(self.ruleset.loader.open_queues)
+        await self.ruleset.open()
         # From here on the first thing to undo: nothing may pass while workers end.
         stack.push_async_callback(self.ruleset.close)
         self._give_up_privileges()

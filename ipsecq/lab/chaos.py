@@ -121,6 +121,7 @@ class Chaos:
                     self.mayhem.recover(gateway)
             except (LabError, IpsecqError, OSError) as error:
                 report.problems.append(f"{report.events[-1].name if report.events else 'start'}: {error}")
+                report.lines += [f"log of {gateway.space.role}:\n{gateway.log_tail(15)}" for gateway in gateways]
             time.sleep(3.0)
             after = [memory(gateway) for gateway in gateways]
         for gateway in gateways:

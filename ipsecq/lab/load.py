@@ -43,6 +43,7 @@ class Pinger:
         self.space, self.address, self.interval = space, address, interval
         self.sent = self.received = 0
         self.times: list[float] = []
+        self.ended = 0.0
         self._log = space.lab.directory / f"ping-{time.monotonic_ns()}"
 
     def __enter__(self) -> Pinger:
@@ -56,6 +57,7 @@ class Pinger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         time.sleep(0.3)  # what is on its way may still arrive
+        self.ended = time.time()
         self._process.send_signal(signal.SIGINT)
         self._process.wait(5)
         text = self._log.read_text()
@@ -64,8 +66,8 @@ class Pinger:
         self.times = sorted(float(stamp) for stamp in re.findall(r"^\[(\d+\.\d+)\] .*icmp_seq=", text, re.MULTILINE))
 
     def gaps(self, longer: float = 0.05) -> list[Gap]:
-        """Times without any answer, longer than so many seconds."""
-        return [Gap(one, two) for one, two in itertools.pairwise(self.times) if two - one > longer]
+        """Times without any answer, longer than so many seconds; the end counts as one."""
+        return [Gap(one, two) for one, two in itertools.pairwise([*self.times, self.ended]) if two - one > longer]
 
 
 class Datagrams:

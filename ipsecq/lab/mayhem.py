@@ -22,7 +22,7 @@ from ipsecq.lab.traffic import ping
 RESTART_SECONDS: Final = 1.0
 """RestartSec= of the systemd unit."""
 RECOVERY_SECONDS: Final = 30.0
-STATE_DISK: Final = "768k"
+STATE_DISK: Final = "4m"
 _CHACHA: Final = Algorithm("chacha20-poly1305", 36)
 
 
@@ -169,7 +169,10 @@ class Mayhem:
         gateway = self._any()
         ballast = gateway.directory / "state" / "ballast"
         good = gateway.policy.read_text()
-        more = "".join(f"add 192.0.2.9 203.0.113.9 esp 0x{0x9000 + n:x} -E aes-gcm-16 0x{n:040x};\n" for n in range(2000))
+        more = "".join(
+            f"add 192.0.2.9 203.0.113.9 esp 0x{0x9000 + n:x} -E aes-gcm-16 0x{self._random.getrandbits(160):040x};\n"
+            for n in range(600)
+        )
         try:
             with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
                 while True:
@@ -186,7 +189,7 @@ class Mayhem:
             ballast.unlink(missing_ok=True)
             gateway.policy.write_text(good)
         if not refused:
-            raise LabError("2,000 SAs found room on a full disk")
+            raise LabError("600 new SAs found room on a full disk")
         return gateway
 
     def _overflow(self) -> Gateway:

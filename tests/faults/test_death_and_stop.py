@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -98,6 +99,35 @@ def test_a_running_daemon_has_two_capabilities_in_every_thread_and_workers_one(m
     world.one.metrics_text()
     assert held(world.one.pid) == {net_admin | net_raw}
     assert [held(pid) for pid in world.one.workers()] == [{net_admin}, {net_admin}]
+
+
+def test_the_watchdog_is_fed_only_while_every_worker_makes_progress(make_world):
+    world = make_world()
+    path = world.one.directory / "notify"
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(path))
+        manager.setblocking(False)
+
+        def fed():
+            heard = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    heard.append(manager.recv(4096))
+            return b"WATCHDOG=1" in heard
+
+        wait_for(fed, "the first feeding", 5)
+        old = world.one.workers()[0]
+        os.kill(old, signal.SIGKILL)
+        fresh = wait_for(lambda: next((pid for pid in world.one.workers()[:1] if pid not in (0, old)), 0), "a new worker", 5)
+        os.kill(fresh, signal.SIGSTOP)  # before it is ready
+        assert not world.one.status()["workers"][0]["up"]
+        fed()
+        time.sleep(2.0)
+        assert not fed()
+        os.kill(fresh, signal.SIGCONT)
+        wait_for(fed, "feeding again", 15)
+    assert ping(world.network.one.host, world.network.two.host4) == 3
 
 
 def test_daemon_and_workers_leave_no_core_and_stay_out_of_swap(make_world):

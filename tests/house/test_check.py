@@ -34,9 +34,8 @@ def test_no_icv_is_compared_octet_by_octet():
             if isinstance(node, ast.Compare) and any(isinstance(each, ast.Eq | ast.NotEq) for each in node.ops):
                 for operand in (node.left, *node.comparators):
                     # What is compared itself, or a slice of it; not its length.
-                    while isinstance(operand, ast.Subscript):
-                        operand = operand.value
-                    name = getattr(operand, "id", getattr(operand, "attr", ""))
+                    whole = operand.value if isinstance(operand, ast.Subscript) else operand
+                    name = getattr(whole, "id", getattr(whole, "attr", ""))
                     if secret.fullmatch(name):
                         guilty.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
     assert guilty == []
