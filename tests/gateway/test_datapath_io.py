@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 
@@ -175,6 +176,23 @@ def test_a_packet_beyond_the_copy_range_is_dropped_never_used_cut_off(pair):
         assert queue.truncated == 1
         queue.accept_batch(packets[-1][0])
         assert received(receiver) == [b"small", b"also small"]
+
+
+def test_a_queue_serves_although_the_kernels_counts_may_not_be_read(lab):
+    """The table in /proc is for group root; a daemon with a user of its own may lack that group."""
+    code = (
+        "import os\n"
+        "from ipsecq.daemon import privileges\n"
+        "from ipsecq.datapath.queue import Queue\n"
+        "privileges._prctl(8, 1)\n"  # PR_SET_KEEPCAPS
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "privileges.keep_capabilities([privileges.CAP_NET_ADMIN])\n"
+        "queue = Queue(7)\n"
+        "print(queue.blind, *queue.stats(), len(queue.read()), sep='|')\n"
+        "queue.close()\n"
+    )
+    done = lab.namespace("near").run(sys.executable, "-c", code)
+    assert done.stdout == "/proc/thread-self/net/netfilter/nfnetlink_queue: Permission denied|0|0|0|0|0\n"
 
 
 def test_a_full_queue_drops_and_stats_say_so(pair):
