@@ -59,6 +59,8 @@ class LeaseBook:
         self._clock = clock
         self._records: dict[bytes, int] = {}
         self._next_record = 0
+        self._spare: list[int] = []
+        """Records that no SA needs any more."""
 
     @classmethod
     def open(
@@ -94,6 +96,7 @@ class LeaseBook:
         if not loaded.problem:
             book._records = {digest: index for index, digest in enumerate(kept)}
         book._next_record = len(book._records)
+        table.on_forgotten = book._forgotten
         if refusing:
             book.problem = loaded.problem or f"{path} was refused at an earlier start"
         return book
@@ -115,6 +118,8 @@ class LeaseBook:
         digest = table.fingerprint_of(slot)
         index = self._records.get(digest)
         record = self.state.read(index) if index is not None else None
+        if record is not None and record.fingerprint != digest:
+            record = None  # of the SA that had this place before
         on_disk = record.reserved if record is not None else 1
         reserved = words[slot + Slot.RESERVED]
         problem = ""
@@ -127,10 +132,8 @@ class LeaseBook:
         refused = bool(problem) and counter_iv
         table.set_refused(slot, refused)
         if index is None:
-            index = self._next_record
-            self.state.make_room(index + 1)
+            index = self._free_record()
             self._records[digest] = index
-            self._next_record += 1
         table.set_record(slot, index)
         if words[slot + Slot.LEASED] == 0:
             # RESERVED first: a reader between the two stores sees LEASED 0, which leases nothing.
@@ -194,6 +197,28 @@ class LeaseBook:
             words[slot + Slot.LEASED] = end
         return first, end
 
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def _free_record(self) -> int:
+        """A record for a new SA.  StateError when the disk is full."""
+        if self._spare:
+            return self._spare.pop()
+        self.state.make_room(self._next_record + 1)
+        self._next_record += 1
+        return self._next_record - 1
+
+    def _forgotten(self, digest: bytes) -> None:
+        """Thousands of SAs ago this one was deleted: if its key cannot come back, or never sent, its record is free.
+
+        Without that a gateway whose SAs are negotiated anew every hour would fill disk and memory in the end.
+        """
+        index = self._records.get(digest)
+        record = self.state.read(index) if index is not None else None
+        mine = record is not None and record.fingerprint == digest
+        if index is not None and (record is None or not mine or record.flags == FLAG_PASSING):
+            del self._records[digest]
+            self._spare.append(index)
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _reserve(self, slot: int, reserved: int) -> None:
@@ -217,7 +242,10 @@ class LeaseBook:
         """What the disk says about the slot's SA; serial 0: nothing yet."""
         digest = self._table.fingerprint_of(slot)
         record = self.state.read(self._table.record(slot))
-        return record if record is not None and record.fingerprint == digest else Record(digest, 1, 0)
+        if record is not None and record.fingerprint == digest:
+            return record
+        # Perhaps a record that was another SA's: the serial goes on, or the old copy would be the newer one.
+        return Record(digest, 1, record.serial if record is not None else 0)
 
     def _locked(self, slot: int) -> _RecordLock:
         return _RecordLock(self.state.descriptor, _LOCKS + slot)

@@ -19,7 +19,7 @@ import mmap
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -74,6 +74,8 @@ class SharedTable:
         self._by_fingerprint: dict[bytes, int] = {}
         self._retired: OrderedDict[int, None] = OrderedDict()
         self._free: dict[int, list[int]] = {}
+        self.on_forgotten: Callable[[bytes], object] = lambda digest: None
+        """Called with the fingerprint of a deleted SA that is known here no longer."""
         if allocator:
             self._recover()
 
@@ -152,7 +154,7 @@ class SharedTable:
         words[slot + _B_STATE] = _RETIRED
         self._retired[slot] = None
         while len(self._retired) > RETIRED_LIMIT:
-            self._forget(next(iter(self._retired)))
+            self._part_with(next(iter(self._retired)))
 
     def slots(self) -> Iterator[tuple[int, bytes]]:
         """All blocks in use, as (slot, fingerprint)."""
@@ -215,7 +217,7 @@ class SharedTable:
         if start + size > words[_H_CAPACITY]:
             for slot in self._retired:
                 if self.words[slot + _B_SIZE] == size:
-                    self._forget(slot)
+                    self._part_with(slot)
                     return self._free[size].pop()
             raise DaemonError(
                 f"shared table is full ({words[_H_CAPACITY] * 8} octets): delete SAs or use smaller replay windows"
@@ -231,6 +233,11 @@ class SharedTable:
         # Last: a crash before this line leaves no trace, one after it a free block.
         words[_H_USED] = start + size
         return slot
+
+    def _part_with(self, slot: int) -> None:
+        """Give the block of a deleted SA to others: should the SA come back, it is a new one here."""
+        self.on_forgotten(self.fingerprint_of(slot))
+        self._forget(slot)
 
     def _forget(self, slot: int) -> None:
         self._retired.pop(slot, None)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from ipsecq.daemon import table as table_module
 from ipsecq.daemon.leases import BLOCK, RESERVATION, LeaseBook
 from ipsecq.daemon.statefile import FIRST_RECORD, HALF, Header, Record, StateFile, load, newest
 from ipsecq.daemon.table import SharedTable
@@ -298,6 +299,46 @@ def test_records_of_negotiated_keys_go_after_a_month_others_stay(house):
     house.reboot()
     house.start()
     assert [record.fingerprint for record in load(house.state / "sequences", MACHINE).records] == [b"s" * 32]
+
+
+def test_negotiated_sas_that_come_and_go_take_no_more_of_the_disk_than_those_that_are_remembered(house, monkeypatch):
+    monkeypatch.setattr(table_module, "RETIRED_LIMIT", 10)
+    table, book = house.start()
+    manual, _ = house.sa(table, book, b"s" * 32)
+    book.lease(manual, LIMIT32)
+    table.retire(manual)
+    for number in range(200):
+        slot, problem = house.sa(table, book, number.to_bytes(32, "big"), passing=True)
+        assert problem == ""
+        assert book.lease(slot, LIMIT32)[0] == 1
+        table.retire(slot)
+    assert book._next_record <= 13
+    assert len(book._records) <= 13
+    # The last ones go on where they were, in this boot and after it; so does the manual key, for ever.
+    again, _ = house.sa(table, book, (199).to_bytes(32, "big"), passing=True)
+    assert book.lease(again, LIMIT32)[0] == 1 + BLOCK
+    house.reboot()
+    table, book = house.start()
+    assert book.problem == ""
+    for digest in (b"s" * 32, (199).to_bytes(32, "big"), (195).to_bytes(32, "big")):
+        slot, _ = house.sa(table, book, digest)
+        assert book.lease(slot, LIMIT32)[0] > RESERVATION // 2
+
+
+def test_a_record_that_was_another_sas_is_written_over_for_good(house, monkeypatch):
+    monkeypatch.setattr(table_module, "RETIRED_LIMIT", 0)
+    table, book = house.start()
+    old, _ = house.sa(table, book, b"o" * 32, passing=True)
+    for more in range(5):
+        book._write(old, (more + 2) * RESERVATION)  # as millions of packets do
+    table.retire(old)
+    fresh, problem = house.sa(table, book, b"n" * 32)
+    assert (problem, table.record(fresh)) == ("", 0)
+    assert book.lease(fresh, LIMIT32)[0] == 1
+    house.reboot()
+    table, book = house.start()
+    slot, _ = house.sa(table, book, b"n" * 32)
+    assert book.lease(slot, LIMIT32)[0] > RESERVATION // 2
 
 
 def test_a_full_disk_fails_the_lease_and_takes_no_number(house, monkeypatch):
