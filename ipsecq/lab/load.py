@@ -21,6 +21,10 @@ from ipsecq.lab.traffic import MARKER, family, tcp
 
 _NUMBER: Final = struct.Struct("!Q")
 DIGEST: Final = 16
+PATIENCE: Final = 180.0
+"""Longest pause of a TCP transfer: a sender's own pauses between tries double to two minutes."""
+RTO_MAX: Final = "net/ipv4/tcp_rto_max_ms"
+"""Linux 6.15: pauses that end sooner."""
 
 
 @dataclass
@@ -154,6 +158,9 @@ class Transfers:
         self._options = {"port": port, "pace": pace, "reverse": reverse}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
+        for space in (client, server):
+            with contextlib.suppress(FileNotFoundError):
+                space.sysctl(RTO_MAX, 3000)
 
     def __enter__(self) -> Transfers:
         self._thread.start()
@@ -170,7 +177,7 @@ class Transfers:
         while not self._stop.is_set():
             try:
                 transfer = tcp(
-                    client, server, address, octets, port=int(self._options["port"]), timeout=60.0,
+                    client, server, address, octets, port=int(self._options["port"]), timeout=PATIENCE,
                     reverse=bool(self._options["reverse"]), pace=int(self._options["pace"]),
                 )  # fmt: skip
             except LabError as error:
