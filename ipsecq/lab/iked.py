@@ -14,6 +14,9 @@ from ipsecq.lab.certificates import Authority
 from ipsecq.lab.gateway import Gateway
 from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.topology import Network, Site
+from ipsecq.pfkey.client import PfkeyClient
+from ipsecq.pfkey.constants import MessageType
+from ipsecq.pfkey.extensions import LifetimeExt
 
 SECRET: Final = "mekmitasdigoat"  # noqa: S105  # the lab's, known to all
 CERTIFICATES: Final = "rfc7427"
@@ -121,6 +124,17 @@ class Iked:
 def sas(gateway: Gateway, state: Sequence[str] = ("mature",)) -> list[Any]:
     """The SAs of a gateway in these states, from its status."""
     return [sa for sa in gateway.status()["sas"] if sa["state"] in state]
+
+
+def hasten(gateway: Gateway) -> None:
+    """Bring the soft limit of every SA of a gateway to now, as SADB_UPDATE may: iked is asked to replace them."""
+    with PfkeyClient.connect(gateway.directory / "run" / "pfkey") as client:
+        for record in list(client.dump()):
+            record.type, record.seq, record.pid = MessageType.UPDATE, 0, 0
+            record.lifetime_soft = LifetimeExt(0, 0, 1, 0)
+            record.lifetime_hard = LifetimeExt(0, 0, 3600, 0)
+            record.lifetime_current = None
+            client.request(record)
 
 
 def start_pair(

@@ -14,9 +14,6 @@ from ipsecq.lab.capture import Capture, in_clear, repeated_sequence_numbers
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build, firewall
 from ipsecq.lab.traffic import MARKER, family, ping, tcp
-from ipsecq.pfkey.client import PfkeyClient
-from ipsecq.pfkey.constants import MessageType
-from ipsecq.pfkey.extensions import LifetimeExt
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(bool(iked.missing()), reason=iked.missing() or "-")]
 
@@ -175,17 +172,6 @@ class Numbered:
         return sorted(set(range(self.sent)) - self.received)
 
 
-def hasten(gateway):
-    """Bring the soft limit of every SA of a gateway to now, as SADB_UPDATE may: iked is asked to replace them."""
-    with PfkeyClient.connect(gateway.directory / "run" / "pfkey") as client:
-        for record in list(client.dump()):
-            record.type, record.seq, record.pid = MessageType.UPDATE, 0, 0
-            record.lifetime_soft = LifetimeExt(0, 0, 1, 0)
-            record.lifetime_hard = LifetimeExt(0, 0, 3600, 0)
-            record.lifetime_current = None
-            client.request(record)
-
-
 def rekey_under_load(world, seconds, every):
     """Replace the child SAs again and again, asked for at either end, while TCP and numbered UDP cross."""
     one, two = world.network.sites
@@ -209,7 +195,7 @@ def rekey_under_load(world, seconds, every):
         while time.monotonic() < deadline:
             time.sleep(every)
             before = {sa["spi"] for sa in iked.sas(world.gateways[0], ("mature", "dying"))}
-            hasten(world.gateways[turn % 2])
+            iked.hasten(world.gateways[turn % 2])
             turn += 1
             wait_for(
                 lambda before=before: len({sa["spi"] for sa in iked.sas(world.gateways[0])} - before) >= 2, "a rekey", 20
