@@ -6,10 +6,15 @@ import os
 import signal
 
 import pytest
+from hypothesis import settings
 
 from ipsecq.lab import uml
 
 DEFAULT_SECONDS = 120
+
+# How long an example takes says something about the machine's other work, not about us.
+settings.register_profile("ipsecq", deadline=None)
+settings.load_profile("ipsecq")
 
 
 def pytest_configure(config):

@@ -137,6 +137,10 @@ class Authority:
     def add_sa(self, sa: SecurityAssociation, *, passing: bool = False) -> SecurityAssociation:
         """Add ``sa`` (``passing``: its keys were just negotiated, so never used).  SadError EEXIST, DaemonError."""
         self.sad.add(sa)
+        leaving = self._leaving.pop(sa.key, None)
+        if leaving is not None:
+            # Its SPI has a new owner: workers must not go on with a slot that is free.
+            self._gone(leaving[1])
         try:
             # A larval SA keeps its SPI from others; workers keep what its peer sends too early.
             if sa.state is not SaState.LARVAL:
@@ -146,9 +150,6 @@ class Authority:
         except BaseException:
             self.sad.delete(sa.dst, sa.protocol, sa.spi)
             raise
-        leaving = self._leaving.pop(sa.key, None)
-        if leaving is not None:
-            self._batch.retiring.append(leaving[1].slot)
         self.observer("sa_added", sa)
         return sa
 
@@ -199,8 +200,8 @@ class Authority:
         """Remove and return, as a key management daemon wants it after a rekey.  SadError ESRCH.
 
         The daemon that asked for new SAs deletes the old ones as soon as it has the new ones; its peer sends through the
-        old one until it hears of that.  So an SA with a successor (same protocol, ends, mode and reqid) goes on
-        receiving for the grace time, and never sends again.  One without a successor goes at once.
+        old one until it hears of that.  So an SA with a successor (same protocol, ends and mode, and reqid if it has one)
+        goes on receiving for the grace time, and never sends again.  One without a successor goes at once.
         """
         sa = self.sad.delete(key.dst, key.protocol, key.spi)
         successor = self.sad.outbound(int(sa.protocol), int(sa.mode), sa.src, sa.dst, sa.reqid)

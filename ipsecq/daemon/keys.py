@@ -38,8 +38,13 @@ LOG_SECONDS: Final = 10.0
 class AuthorityDatabase:
     """:class:`ipsecq.pfkey.database.SecurityDatabase` over the supervisor's originals."""
 
-    def __init__(self, authority: Authority, acquire_failed: Callable[[int, bytes, bytes, int], None]) -> None:
-        self._authority = authority
+    def __init__(
+        self,
+        authority: Authority,
+        acquire_failed: Callable[[int, bytes, bytes, int], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._authority, self._clock = authority, clock
         self.acquire_failed = acquire_failed
 
     def find_sa(self, key: SaKey) -> SecurityAssociation | None:  # noqa: D102
@@ -54,7 +59,7 @@ class AuthorityDatabase:
             self._authority.update_sa(sa, passing=negotiated)
 
     def delete_sa(self, key: SaKey) -> SecurityAssociation:  # noqa: D102
-        return self._authority.retire_sa(key, time.time())
+        return self._authority.retire_sa(key, self._clock())
 
     def flush_sas(self, protocol: int | None) -> Sequence[SecurityAssociation]:  # noqa: D102
         return self._authority.flush_sas(protocol)

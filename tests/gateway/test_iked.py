@@ -270,13 +270,13 @@ def test_a_delete_from_the_peer_is_honoured(ike_world):
 
 
 @LONG
-@pytest.mark.seconds(480)
+@pytest.mark.seconds(540)
 def test_a_peer_that_is_killed_is_noticed_and_its_sas_go(ike_world):
-    """Dead peer detection: on Linux iked asks when it has heard nothing of IKE for 300 s, then repeats that for a minute."""
+    """On Linux iked asks when it has heard nothing of IKE for 300 s, then repeats that for two minutes."""
     world = ike_world(prefix="set dpd_check_interval 2")
     for pid in world.daemons[0].processes():
         os.kill(pid, signal.SIGKILL)
     world.gateways[0].kill()
     wait_for(lambda: "sending alive check" in world.daemons[1].text(), "iked's question", 320, every=0.5)
-    wait_for(lambda: not world.gateways[1].status()["sas"], "the dead peer's SAs to go", 90, every=0.5)
+    wait_for(lambda: not world.gateways[1].status()["sas"], "the dead peer's SAs to go", 150, every=0.5)
     assert world.gateways[1].status()["policy_count"] == 0
