@@ -14,7 +14,8 @@ PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-de
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
-PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) systemd groff-base conntrack tshark user-mode-linux kmod
+PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
+PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
 
 .PHONY: help demo test check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
 

@@ -1,8 +1,9 @@
-"""The endpoint that Prometheus scrapes: ``/metrics`` over HTTP, few clients at a time, slow ones cut off."""
+"""HTTP: ``/metrics`` for Prometheus, ``/`` and ``/status.json`` for people; few clients at a time, slow ones cut off."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
 
 from ipsecq.errors import DaemonError
+from ipsecq.metrics import live, page
 from ipsecq.metrics.exposition import CONTENT_TYPE, render
 from ipsecq.metrics.source import Source
 
@@ -72,19 +74,23 @@ class Application:
 
     def __init__(self, source: Source) -> None:
         self._pages: dict[str, tuple[str, Callable[[], bytes]]] = {
+            "/": ("text/html; charset=utf-8", lambda: page.render(live.data(source.snapshot()))),
             "/metrics": (CONTENT_TYPE, lambda: render(source.snapshot())),
+            "/status.json": ("application/json", lambda: json.dumps(live.data(source.snapshot())).encode()),
         }
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
-        page = self._pages.get(environ["PATH_INFO"] or "/")
-        if page is None:
+        found = self._pages.get(environ["PATH_INFO"] or "/")
+        if found is None:
             return _refuse(start_response, "404 Not Found", f"try {', '.join(self._pages)}\n")
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
             return _refuse(start_response, "405 Method Not Allowed", "GET or HEAD\n", ("Allow", "GET, HEAD"))
-        kind, make = page
+        kind, make = found
         body = make()
         headers = [("Content-Type", kind), ("Cache-Control", "no-store"), *HEADERS]
+        if kind.startswith("text/html"):
+            headers.append(("Content-Security-Policy", page.POLICY))
         if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
             # The lines are alike: the fastest level makes a twentieth of them.
             body = gzip.compress(body, 1)

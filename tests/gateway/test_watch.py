@@ -3,20 +3,25 @@
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from fcntl import ioctl
 from termios import TIOCSWINSZ
 
 import pyte
 import pytest
+from dashboard import CONTRIB, filled, panels
 from world import started
 
-from ipsecq.lab.gateway import Gateway, Tunnel
+from ipsecq.lab.gateway import METRICS_PORT, Gateway, Tunnel
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build
 from ipsecq.lab.traffic import ping
@@ -30,6 +35,7 @@ def pair():
     with Lab() as lab:
         network = build(lab)
         tunnel = Tunnel(network)
+        tunnel.lines = [line.replace("-m tunnel", "-m tunnel -lh 86400 -ls 80000") for line in tunnel.lines]
         gateways = [Gateway(site.gateway, tunnel.setkey(site), listen="0.0.0.0").start() for site in network.sites]
         started[:] = gateways
         one, two = network.sites
@@ -190,3 +196,114 @@ def test_top_for_scripts(pair):
     assert [worker["up"] for worker in views[0]["workers"]] == [True, True]
     refused = gateway.command("top", check=False)
     assert (refused.returncode, refused.stderr) == (1, "ipsecq: top: the output is no terminal: use --once or --json\n")
+
+
+# -- Prometheus, with what is in contrib/ ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prometheus(pair):
+    """Asks a real Prometheus in gateway 1 that scrapes both gateways once a second: ``prometheus(path) -> data``."""
+    if not shutil.which("prometheus"):
+        pytest.skip("prometheus is missing: apt-get install prometheus")
+    network, (gateway, _) = pair
+    directory = network.lab.directory / "prometheus"
+    shutil.copytree(CONTRIB / "prometheus", directory)
+    config = directory / "prometheus.yml"
+    targets = f"- 127.0.0.1:{METRICS_PORT}\n          - {network.two.wan4}:{METRICS_PORT}"
+    text = config.read_text().replace("15s", "1s").replace("- 127.0.0.1:9814", targets)
+    config.write_text(text)
+    gateway.space.popen(
+        "prometheus", f"--config.file={config}", f"--storage.tsdb.path={directory}/data",
+        "--web.listen-address=127.0.0.1:9090", "--log.level=warn", log=directory / "log",
+    )  # fmt: skip
+
+    def ask(path, **parameters):
+        def fetch():
+            url = f"http://127.0.0.1:9090/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+            try:
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    return json.load(answer)["data"]
+            except (ConnectionError, urllib.error.URLError):
+                return None
+
+        return gateway.space.call(fetch)
+
+    def value(query):
+        data = ask("query", query=query)
+        return data["result"] if data else []
+
+    wait_for(lambda: len(value("up{job='ipsecq'} == 1")) == 2, "both gateways up", 20)
+    return ask, value
+
+
+def test_every_panel_of_the_dashboard_has_data(pair, prometheus):
+    network, _ = pair
+    _, value = prometheus
+    wait_for(lambda: len(value("rate(ipsecq_bytes_total[5s])")) == 4, "rates", 10)
+    left = {(title, filled(query)) for title, queries in panels() for query in queries}
+
+    def all_answered():
+        for each in sorted(left):
+            if value(each[1]):
+                left.discard(each)
+        return not left
+
+    wait_for(all_answered, f"data for {left}", 15, every=1.0)
+    flows = value(filled('sum by (peer) (rate(ipsecq_peer_packets_total{job=~"$job",direction="out"}[$__rate_interval]))'))
+    rates = {flow["metric"]["peer"]: float(flow["value"][1]) for flow in flows}
+    assert rates[network.one.wan4] > 0
+    assert rates[network.two.wan4] > 0
+
+
+def test_a_missing_sa_is_an_alert_and_the_rules_record(pair, prometheus):
+    network, (gateway, _) = pair
+    ask, value = prometheus
+    groups = ask("rules")["groups"]
+    assert [rule["name"] for group in groups for rule in group["rules"] if rule["health"] == "err"] == []
+    policy = "10.1.0.0/24 10.88.0.0/24 any -P out"
+    setkey(gateway, f"spdadd {policy} ipsec esp/tunnel/{network.one.wan4}-203.0.113.8/require;")
+    try:
+        alert = 'ALERTS{alertname="IpsecqTunnelDown",peer="203.0.113.8"}'
+        (found,) = wait_for(lambda: value(alert), "the alert", 10)
+        assert found["metric"]["alertstate"] == "pending"
+        assert value("ipsecq:worker_utilisation:ratio")
+    finally:
+        setkey(gateway, f"spddelete {policy};")
+    wait_for(lambda: not value(f"{alert} offset 0s"), "its end", 10)
+
+
+# -- the status page in a browser ------------------------------------------------------------------------------------
+
+CHROMIUM = (
+    "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+    "--virtual-time-budget=4000", "--window-size=1280,1400",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is missing: apt-get install chromium")
+@pytest.mark.parametrize("output", ["--dump-dom", "--screenshot"])
+def test_the_status_page_shows_the_gateway_in_a_browser(pair, tmp_path, output):
+    network, (gateway, _) = pair
+    picture = tmp_path / "page.png"
+    done = gateway.space.run(
+        *CHROMIUM, f"--user-data-dir={tmp_path}/profile", output if output == "--dump-dom" else f"{output}={picture}",
+        f"http://127.0.0.1:{METRICS_PORT}/",
+    )  # fmt: skip
+    assert re.findall(r".*CONSOLE.*", done.stderr) == []
+    if output == "--screenshot":
+        octets = picture.read_bytes()
+        assert octets.startswith(b"\x89PNG")
+        assert struct.unpack(">II", octets[16:24]) == (1280, 1400)
+        assert len(octets) > 50_000  # a page without text is a few thousand
+        return
+    shown = done.stdout
+    text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", "", shown))
+    assert "all 2 tunnels up" in text
+    for each in (network.two.wan4, network.two.wan6, network.two.lan4, network.one.lan6, f"0x{Tunnel.spi + 16 + 4:08x}"):
+        assert each in text
+    assert shown.count('class="up"') == 2
+    # Figures, not dashes: the page has asked again.  (Its clock is faster than ours, so they may be small.)
+    assert len(re.findall(r"↓ [\d.]+ k?bit/s   ↑ [\d.]+ k?bit/s", text)) == 2
+    assert "mature" in text
