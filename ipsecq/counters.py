@@ -144,6 +144,8 @@ class Counter(IntEnum):
     QUEUE_ERRORS = 186
     OFFLOADS = 187
     """No count: the sum of :class:`Offload` that the worker has in use."""
+    TAP_PACKETS = 188
+    TAP_DROPPED = 189
     HEARTBEAT = 190
 
 

@@ -15,6 +15,7 @@ from ipsecq.cli.explain import explain
 from ipsecq.cli.monitor import monitor
 from ipsecq.cli.pcap import app as pcap
 from ipsecq.cli.setkey import importer, setkey
+from ipsecq.cli.tap import tap
 from ipsecq.cli.top import top
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
@@ -121,12 +122,14 @@ def nft(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
     """Print the nftables ruleset that the configuration means.  Needs neither root nor a daemon."""
     from ipsecq.daemon import content as files  # noqa: PLC0415
     from ipsecq.netfilter.compile import compile_ruleset  # noqa: PLC0415
+    from ipsecq.netfilter.inner import InnerTable, included  # noqa: PLC0415
     from ipsecq.netfilter.load import Loader  # noqa: PLC0415
 
     content = files.read(config)
     settings = content.config.netfilter()
     print(compile_ruleset(content.spd.dump(), settings, content.sysctl), end="")
     print(Loader(settings).queue_statements(), end="")
+    print(InnerTable(settings).whole(content.spd.dump(), content.sysctl, included(settings)), end="")
 
 
 @app.command()
@@ -187,6 +190,7 @@ app.command()(top)
 app.command()(monitor)
 app.command()(explain)
 app.command()(setkey)
+app.command()(tap)
 app.add_typer(importer, name="import")
 
 

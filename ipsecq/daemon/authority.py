@@ -353,6 +353,8 @@ class Authority:
     ) -> None:
         """Take over what the files say.  SAs, policies and knobs that they do not change stay as they are.
 
+        ``sysctl``: the knobs to set; the others keep the values that somebody set since the start.
+
         ``was``: what the files said before; such SAs go when the files no longer have them.  SAs and policies that
         came over PF_KEY stay, except where the files now have their own.  When a slot or the disk fails for a new SA,
         what was done so far stands in ``undo``: see :meth:`revert`.
@@ -381,7 +383,7 @@ class Authority:
         ]
         self._policies_become([*others, *files])
         undo.after = self.spd.dump()
-        for name, value in Sysctl(sysctl).all().items():
+        for name, value in sysctl.items():
             if self.sysctl.get(name) != value:
                 undo.knobs[name] = self.set_sysctl(name, value)[0]
 

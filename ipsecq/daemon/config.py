@@ -66,6 +66,11 @@ class Config:
         return self.run_dir / "control"
 
     @property
+    def tap_socket(self) -> Path:
+        """Where ``ipsecq tap`` finds the daemon."""
+        return self.run_dir / "tap"
+
+    @property
     def pfkey_socket(self) -> Path:
         """Where PF_KEY clients find the daemon."""
         return self.run_dir / "pfkey"
@@ -91,7 +96,8 @@ class Config:
             queue_bypass=table.queue_bypass,
             loopback=table.loopback,
             neighbour_discovery=table.neighbour_discovery,
-            inner_files=tuple(str(self._resolve(name)) for name in table.inner_files),
+            inner_dir=str(self._resolve(table.inner_dir)) if table.inner_dir else "",
+            reqid_mark=table.reqid_mark,
         )
 
     def _resolve(self, name: str) -> Path:
@@ -205,6 +211,12 @@ class _Checker:
         marks = (config.nftables.mark_done, config.nftables.mark_stolen)
         if any(mark & (mark - 1) for mark in marks) or marks[0] == marks[1]:
             raise self.error(("nftables", "mark_stolen"), "mark_done, mark_stolen: expected two different single bits")
+        field = config.nftables.reqid_mark
+        if field & (marks[0] | marks[1]) or field & (field + (field & -field)):
+            raise self.error(
+                ("nftables", "reqid_mark"), "reqid_mark: expected adjacent bits, clear of mark_done and mark_stolen",
+                value=True,
+            )  # fmt: skip
         queues = config.workers * (config.daemon.lanes + config.offload.gso)
         if config.daemon.queue_base + queues > 65536:
             raise self.error(("daemon", "queue_base"), f"{queues} queues from here on pass 65535", value=True)

@@ -10,7 +10,9 @@ of a line and the amount that may wait are bounded.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +63,23 @@ def frames(generation: int, operations: Iterable[Operation]) -> Iterator[bytes]:
             waiting = []
         waiting.append(operation)
     yield encode(generation, waiting)
+
+
+def take_descriptor(hand: socket.socket, number: int) -> int:
+    """The descriptor with that number that the supervisor has sent (see WorkerPool.share), or -1.
+
+    Those that were sent before it and never asked for are closed.
+    """
+    with contextlib.suppress(OSError):
+        while True:
+            octets, descriptors, _, _ = socket.recv_fds(hand, 16, 1, socket.MSG_DONTWAIT)
+            if not octets:
+                break
+            if octets == str(number).encode() and descriptors:
+                return descriptors[0]
+            for descriptor in descriptors:
+                os.close(descriptor)
+    return -1
 
 
 class FrameReader:

@@ -140,11 +140,18 @@ class NftablesConfig:
     neighbour_discovery: bool = _option(
         True, "Leave IPv6 neighbour discovery alone whatever the policies say.", restart=True
     )
-    inner_files: tuple[str, ...] = _option(
-        (),
-        "nft files with your rules for decapsulated packets (chain inner), loaded in the same transaction as ours; "
-        "relative to this file.",
-        shape="list of file names",
+    inner_dir: str = _option(
+        "inner.d",
+        "Directory of nft files (*.nft) with your rules for decapsulated packets, called when filtertunnel is 1; relative "
+        "to this file. A reload reads them again.",
+        shape="directory",
+        restart=True,
+    )
+    reqid_mark: int = _option(
+        0,
+        "Adjacent bits of the packet mark that tell a decapsulated packet's reqid, such as 0x0000ff00; 0: none.",
+        within=(0, 0xFFFFFFFF),
+        shape="hex",
         restart=True,
     )
 

@@ -43,6 +43,8 @@ class WorkerHandle:
         self.index, self.queues, self.counters = index, queues, counters
         self.process: subprocess.Popen[bytes] | None = None
         self.socket: socket.socket | None = None
+        self.hand: socket.socket | None = None
+        """Descriptors for it, each with its number as text."""
         self.pidfd = -1
         self.lines = LineReader()
         self.backlog = bytearray()
@@ -87,6 +89,7 @@ class WorkerPool:
         self._changed = asyncio.Event()
         self._stopping = False
         self._timers: set[asyncio.TimerHandle] = set()
+        self._shared: dict[int, int] = {}
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
@@ -98,6 +101,28 @@ class WorkerPool:
             if worker.socket is not None and worker.index != but:
                 self._send(worker, octets)
         return self.generation
+
+    def share(self, number: int, descriptor: int) -> None:
+        """Give a copy of ``descriptor`` to every worker, those of later lives included, until :meth:`unshare`.
+
+        It is there before any operation that is sent afterwards; a worker takes it with :func:`take_descriptor`.
+        """
+        self._shared[number] = os.dup(descriptor)
+        for worker in self.workers:
+            self._give(worker, number)
+
+    def unshare(self, number: int) -> None:
+        """Workers to come do not get it; those that have it are told by an operation."""
+        descriptor = self._shared.pop(number, -1)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _give(self, worker: WorkerHandle, number: int) -> None:
+        if worker.hand is not None:
+            try:
+                socket.send_fds(worker.hand, [str(number).encode()], [self._shared[number]])
+            except OSError as error:
+                log.warning("worker %d: no descriptor for a capture: %s", worker.index, error.strerror)
 
     async def settled(self, generation: int, patience: float = START_SECONDS) -> None:
         """Wait until every worker is ready and has acknowledged ``generation``.  Raises DaemonError."""
@@ -162,7 +187,8 @@ class WorkerPool:
 
     def _spawn(self, worker: WorkerHandle) -> None:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        descriptors = {**self._descriptors, "control": theirs.fileno()}
+        hand, taken = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        descriptors = {**self._descriptors, "control": theirs.fileno(), "hand": taken.fileno()}
         numbers = {"index": worker.index, "parent": os.getpid(), **descriptors}
         root = str(Path(ipsecq.__file__).parent.parent)
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
@@ -177,14 +203,19 @@ class WorkerPool:
             )
         except OSError as error:
             mine.close()
+            hand.close()
             raise DaemonError(f"worker {worker.index} cannot be started: {sys.executable}: {error.strerror}") from error
         finally:
             theirs.close()
+            taken.close()
         mine.setblocking(False)
+        hand.setblocking(False)
         now = time.monotonic()
         worker.socket, worker.lines, worker.backlog = mine, LineReader(), bytearray()
         worker.ready, worker.acknowledged, worker.born, worker.beat_time = False, 0, now, now
-        worker.failure = ""
+        worker.failure, worker.hand = "", hand
+        for number in self._shared:
+            self._give(worker, number)
         worker.pidfd = os.pidfd_open(worker.process.pid)
         loop = asyncio.get_running_loop()
         loop.add_reader(worker.pidfd, self._died, worker)
@@ -230,10 +261,12 @@ class WorkerPool:
             loop.remove_reader(worker.socket.fileno())
             loop.remove_writer(worker.socket.fileno())
             worker.socket.close()
+        if worker.hand is not None:
+            worker.hand.close()
         if worker.pidfd >= 0:
             loop.remove_reader(worker.pidfd)
             os.close(worker.pidfd)
-        worker.socket, worker.pidfd, worker.process, worker.ready = None, -1, None, False
+        worker.socket, worker.hand, worker.pidfd, worker.process, worker.ready = None, None, -1, None, False
         worker.backlog = bytearray()
         self._changed.set()
 

@@ -15,7 +15,8 @@ _COLUMNS: Final = 110
 _SHOWN: Final = ("net.inet.ipsec.dfbit", "net.inet.ipsec.ecn", "net.inet.ipsec.def_policy")
 """The variables that gateways change most; the default file shows them."""
 SYSCTL_MEANING: Final = (
-    "The variables of ipsec(4) by their names, quoted. A value set by `ipsecq sysctl` holds until the next start or reload."
+    "The variables of ipsec(4) by their names, quoted. A value set by `ipsecq sysctl` holds until the next start; "
+    "a reload leaves it, unless this table names the variable, or did before."
 )
 
 

@@ -14,6 +14,9 @@ Operations, by name (first item of the tuple) and arguments:
     path_mtu DST MTU           learned by another worker
     routes_changed
     acquire_failed PROTOCOL SRC DST REQID   packets that wait for such an SA need not wait longer
+    tap_attach NUMBER REQUEST      a capture begins (:class:`ipsecq.daemon.tap.TapRequest`), and
+    tap_detach NUMBER              ends
+    mirror BOOL                    outbound packets are to be seen on the enc device
     stop
 """
 
@@ -48,6 +51,9 @@ class Replica:
         self.on_path_mtu: Callable[[bytes, int], Any] = lambda dst, mtu: None
         self.on_routes_changed: Callable[[], Any] = lambda: None
         self.on_acquire_failed: Callable[[int, bytes, bytes, int], Any] = lambda protocol, src, dst, reqid: None
+        self.taps: dict[int, Any] = {}
+        """Captures (None: one that ended) that began before the datapath was there."""
+        self.on_tap: Callable[[int, Any], Any] = self.taps.__setitem__
         self.stopping = False
         self._operations: dict[str, Callable[..., None]] = {
             "sa_put": self._sa_put,
@@ -62,6 +68,9 @@ class Replica:
             "path_mtu": self._path_mtu,
             "routes_changed": self._routes_changed,
             "acquire_failed": self._acquire_failed,
+            "tap_attach": self._tap_attach,
+            "tap_detach": self._tap_attach,
+            "mirror": self._mirror,
             "stop": self._stop,
         }
 
@@ -129,6 +138,12 @@ class Replica:
 
     def _acquire_failed(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> None:
         self.on_acquire_failed(protocol, src, dst, reqid)
+
+    def _tap_attach(self, number: int, request: Any = None) -> None:
+        self.on_tap(number, request)
+
+    def _mirror(self, wanted: bool) -> None:
+        self.on_tap(0, wanted or None)
 
     def _stop(self) -> None:
         self.stopping = True

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import ipsecq
+from ipsecq.daemon import explain
 from ipsecq.daemon.setkey import Setkey
 from ipsecq.errors import DaemonError
 from ipsecq.metrics import live, netstat
@@ -34,6 +35,7 @@ class Requests:
             "sysctl-get": self._sysctl_get,
             "sysctl-set": self._sysctl_set,
             "state-reset": self._state_reset,
+            "explain": self._explain,
             "setkey": setkey.execute,
             "setkey-dump": setkey.dump,
         }
@@ -84,6 +86,18 @@ class Requests:
         changed = {str(name): authority.set_sysctl(str(name), str(value)) for name, value in values.items()}
         await self._supervisor.publish()
         return changed
+
+    async def _explain(self, request: dict[str, Any]) -> object:
+        words = [str(request.get(name) or default) for name, default in (("src", ""), ("dst", ""), ("protocol", "any"))]
+        question = explain.Question.parse(
+            words[0], words[1], words[2], _number(request, "sport", 0), _number(request, "dport", 0),
+            inbound=bool(request.get("in")), mtu=_number(request, "mtu", 0),
+        )  # fmt: skip
+        supervisor = self._supervisor
+        return explain.answer(
+            question, supervisor.tables(), supervisor.ruleset.loader.settings, "daemon", supervisor.mtu_of,
+            supervisor.ruleset.loader.where,
+        )
 
     async def _state_reset(self, request: dict[str, Any]) -> object:
         """The operator's word that an SA has keys that were never used before."""

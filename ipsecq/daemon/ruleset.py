@@ -104,6 +104,11 @@ class Ruleset:
         self._say_what_fails_open()
         await asyncio.to_thread(self.loader.update, *self._wanted())
 
+    async def reload_inner(self) -> None:
+        """Read the operator's inner rules again.  NetfilterError: they stay as they were."""
+        async with self.busy:
+            await asyncio.to_thread(self.loader.reload_inner, *self._wanted())
+
     def _say_what_fails_open(self) -> None:
         """A line for each policy that is new here and passes in clear when nobody serves it."""
         if self._config.nftables.queue_bypass and not hasattr(self, "links"):  # once, at the start

@@ -38,10 +38,13 @@ from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.daemon.tap import TapServer
 from ipsecq.daemon.undo import Undo
 from ipsecq.daemon.watch import Watch
 from ipsecq.datapath import enc0
+from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
+from ipsecq.engine.tables import Tables
 from ipsecq.errors import DaemonError, IpsecqError, StateError
 from ipsecq.metrics.server import MetricsServer
 from ipsecq.policy.model import Policy
@@ -148,6 +151,7 @@ class Supervisor:
             self._report,
         )
         stack.callback(self._settle)
+        self.taps = TapServer(config.tap_socket, self.pool, self.authority.sysctl)
         stack.push_async_callback(self.pool.stop)
         self.pool.start()
         await self.pool.settled(self.pool.generation)
@@ -155,6 +159,7 @@ class Supervisor:
             self.authority, self.pool, self.ruleset.loader, self.history,
             sa_limit=config.metrics.sa_limit, peer_limit=config.metrics.peer_limit, bypass=config.nftables.queue_bypass,
         )  # fmt: skip
+        self._path_mtu = PathMtu(mark=self.ruleset.loader.settings.mark_done)
         output = RawOutput(self.ruleset.loader.settings.mark_done)
         stack.callback(output.close)
         self.nat = NatPeers(self.authority, output, self.sampler.is_local, config.daemon.natt_keepalive)
@@ -164,6 +169,8 @@ class Supervisor:
         control = ControlServer(config.control_socket, config.daemon.group, self.requests.handle)
         await control.start()
         stack.push_async_callback(control.close)
+        self.taps.start()
+        stack.callback(self.taps.close)
         self.keys = KeyService(self.authority, config, self.publish, self.spawn, self._acquire_failed)
         stack.callback(self.keys.close)
         loop = asyncio.get_running_loop()
@@ -228,6 +235,7 @@ class Supervisor:
             self._expire_rest()
             self.keys.tick()
             self.nat.keep_alive(time.time())
+            self.taps.look(self.config.nftables.enc_device)
             await self.ruleset.repair()
             self.watch.tick()
 
@@ -299,11 +307,14 @@ class Supervisor:
         try:
             content = files.read(self.config.path)
             files.check_reload(self.config, content.config)
+            await asyncio.to_thread(self.ruleset.loader.check_inner, content.spd.dump(), content.sysctl)
             try:
-                self.authority.become(
-                    content.sad, content.spd, content.config.sysctl, was=self._from_files, undo=undo
-                )
+                # A variable that the file no longer names has its default again; one that it never named stays as set.
+                default = Sysctl()
+                knobs = {name: default.get(name) for name in self.config.sysctl} | content.config.sysctl
+                self.authority.become(content.sad, content.spd, knobs, was=self._from_files, undo=undo)
                 await self.publish()
+                await self.ruleset.reload_inner()
             except IpsecqError:
                 # A full disk, a table without room, an nft that refuses: back to what was in force.
                 self.authority.revert(undo)
@@ -346,14 +357,17 @@ class Supervisor:
             settings.mark_done, settings.mark_stolen, self.config.nftables.enc_device,
             self.config.offload.coalesce, self.config.log, self._journal,
         )  # fmt: skip
-        return [("setup", setup), *self.authority.whole_state()]
+        return [("setup", setup), *self.authority.whole_state(), *self.taps.operations()]
 
     def _report(self, worker: WorkerHandle, report: dict[str, Any]) -> None:
         """What a worker says.  It reads hostile packets, so nothing in it is taken on trust."""
         try:
             kind = report["kind"]
             if kind == "path_mtu":
-                self.pool.broadcast([("path_mtu", bytes.fromhex(report["dst"]), int(report["mtu"]))], but=worker.index)
+                dst, mtu = bytes.fromhex(report["dst"]), int(report["mtu"])
+                self.pool.broadcast([("path_mtu", dst, mtu)], but=worker.index)
+                if len(dst) in {4, 16}:
+                    self._path_mtu.learn(dst, mtu, time.time())
             elif kind == "acquire":
                 wanted = (
                     int(report["policy"]), int(report["protocol"]), int(report["mode"]),
@@ -373,6 +387,19 @@ class Supervisor:
                     self.spawn(self.publish())
         except (KeyError, TypeError, ValueError):
             log.warning("worker %d said something that makes no sense; ignored", worker.index)
+
+    def tables(self) -> Tables:
+        """What workers decide by, to explain it; never to send with."""
+        authority = self.authority
+        return Tables(
+            authority.sad, authority.spd, authority.sysctl, self.table.words, self.pool.workers[0].counters,
+            lambda slot, limit: (0, 0), os.urandom,
+        )  # fmt: skip
+
+    def mtu_of(self, dst: bytes) -> int:
+        """The path MTU that workers know."""
+        self._path_mtu.advance(time.time())
+        return self._path_mtu.mtu_of(dst)
 
     def total(self, counter: Counter) -> int:
         """One counter, summed over the workers."""

@@ -17,20 +17,22 @@ import socket
 import sys
 import time
 from collections.abc import MutableSequence, Sequence
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from ipsecq.counters import Counter
 from ipsecq.daemon import privileges
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.log import LOGGER, configure
-from ipsecq.daemon.messages import Frame, FrameReader, WorkerSetup, encode_line
+from ipsecq.daemon.messages import Frame, FrameReader, WorkerSetup, encode_line, take_descriptor
 from ipsecq.daemon.replica import Replica
 from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.daemon.tap import MIRROR
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
 from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
 from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.engine.outbound import Outbound
@@ -112,9 +114,14 @@ class Reports:
 class Worker:
     """One worker over the descriptors that it inherited."""
 
-    def __init__(self, table: SharedTable, counters: memoryview, book: LeaseBook, sock: socket.socket) -> None:
+    def __init__(
+        self, index: int, table: SharedTable, counters: memoryview, book: LeaseBook, sock: socket.socket,
+        hand: socket.socket,
+    ) -> None:  # fmt: skip
+        self._index = index
         self._table = table
         self._counters = counters
+        self._hand = hand
         self._leases = Leases(book)
         sock.setblocking(False)
         self._socket = sock
@@ -136,6 +143,7 @@ class Worker:
         output = RawOutput(setup.mark_done)
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
+        mirror = mirror_socket(setup.enc_device)
         # The sockets are open; of what is left only netlink (NFQUEUE) and SO_MARK ask for a capability.
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN])
         replica = self._replica
@@ -143,13 +151,17 @@ class Worker:
             replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom,
             larval=replica.larval,
         )  # fmt: skip
+        counters = cast("MutableSequence[int]", self._counters)
+        outbound = Outbound(tables, path_mtu.mtu_of, path_mtu.source_for)
+        inbound = InboundRuns(tables, unite=setup.coalesce)
+        taps = Taps(outbound, inbound, replica.sysctl)
         self._loop = WorkerLoop(
             queue,
             output,
             enc0,
-            Outbound(tables, path_mtu.mtu_of, path_mtu.source_for),
-            InboundRuns(tables, unite=setup.coalesce),
-            cast("MutableSequence[int]", self._counters),
+            outbound,
+            inbound,
+            counters,
             mark_stolen=setup.mark_stolen,
             path_mtu=path_mtu,
             control_fd=self._socket.fileno(),
@@ -157,7 +169,23 @@ class Worker:
             on_events=self._reports.events,
             lanes=lanes,
             plain_queue=plain_queue,
+            taps=taps,
         )
+
+        def on_tap(number: int, request: Any) -> None:
+            if request is None:
+                taps.detach(number)
+            elif number == MIRROR:
+                taps.attach(number, Mirror(mirror, counters))
+            elif (descriptor := take_descriptor(self._hand, number)) >= 0:
+                taps.attach(number, TapSink(
+                    descriptor, self._index, counters,
+                    ways=request.ways, spis=request.spis, snaplen=request.snaplen, share=request.share,
+                ))  # fmt: skip
+
+        replica.on_tap = on_tap
+        for number, request in replica.taps.items():
+            on_tap(number, request)
         replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
         replica.on_acquire_failed = self._loop.drop_held
         replica.on_routes_changed = path_mtu.invalidate
@@ -171,7 +199,7 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (queue, *lanes, plain_queue, output, enc0):
+            for part in (taps, mirror, queue, *lanes, plain_queue, output, enc0):
                 if part is not None:
                     part.close()
 
@@ -222,7 +250,7 @@ def _bind(number: int, *, gso: bool = False, room: Queue | None = None) -> Queue
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the arguments are descriptors that the supervisor left open."""
     parser = argparse.ArgumentParser(prog="ipsecq-worker")
-    for name in ("index", "parent", "table", "counters", "state", "control"):
+    for name in ("index", "parent", "table", "counters", "state", "control", "hand"):
         parser.add_argument(f"--{name}", type=int, required=True)
     arguments = parser.parse_args(argv)
     privileges.set_name(f"ipsecq-w{arguments.index}")
@@ -235,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         privileges.lock_memory()
         table = SharedTable.attach(arguments.table)
         book = LeaseBook.attach(arguments.state, table)
-        Worker(table, CounterPages(arguments.counters).page(arguments.index), book, sock).run()
+        counters = CounterPages(arguments.counters).page(arguments.index)
+        hand = socket.socket(fileno=arguments.hand)
+        Worker(arguments.index, table, counters, book, sock, hand).run()
     except IpsecqError as error:
         sock.setblocking(True)
         sock.settimeout(1.0)

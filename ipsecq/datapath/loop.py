@@ -22,6 +22,7 @@ from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.tap import Taps
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
@@ -87,6 +88,7 @@ class WorkerLoop:
         holder: Holder | None = None,
         lanes: Sequence[Queue] = (),
         plain_queue: Queue | None = None,
+        taps: Taps | None = None,
     ) -> None:
         """Join the parts.
 
@@ -94,7 +96,7 @@ class WorkerLoop:
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
         ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
-        we cannot; without one they are dropped.
+        we cannot; without one they are dropped.  ``taps`` watch the engines.
         """
         self._output, self._enc0 = output, enc0
         self._engine_out, self._engine_in = engine_out, engine_in
@@ -107,6 +109,7 @@ class WorkerLoop:
         self._early = Holder(EARLY_PACKETS, 2 * EARLY_PACKETS, EARLY_SECONDS)
         """What the peer sent through an SA that is not here yet."""
         self._plain_queue = plain_queue
+        self._taps = taps
         self._sizes = SegmentSizes()
         self._emit = Emissions()
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
@@ -170,6 +173,8 @@ class WorkerLoop:
             counters[Counter.OUT_NOSA] += self._holder.expire(self._clock())
         if self._early.waiting:
             counters[Counter.ESP_NOTDB] += self._early.expire(self._clock())
+        if self._taps is not None:
+            self._taps.tick()
 
     def _lost(self) -> int:
         """Packets that socket buffers had no room for, and reads that told of such."""
@@ -332,6 +337,8 @@ class WorkerLoop:
             if self._on_events is not None:
                 self._on_events(emit.events)
         emit.clear()
+        if self._taps is not None and self._taps.sinks:
+            self._taps.flush()
 
     def _inject(self) -> None:
         """Give the decapsulated packets to the kernel, in their order."""

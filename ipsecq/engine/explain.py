@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.history import with_ends
+from ipsecq.engine.outbound import MtuOf
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.numbers import IPPROTO_ANY, Action, Direction, Level, Mode, Protocol
@@ -83,13 +84,15 @@ class Explanation:
     """Octets that the headers add to a packet of ``mtu`` octets."""
     mtu: int = 0
     """The largest packet of this flow that needs no fragmentation; 0 where nothing is sealed."""
+    path_mtu: int = 0
+    """What the path to the outermost destination carries; 0 where nothing is sealed."""
     knobs: list[Knob] = field(default_factory=list)
 
 
-def outbound(tables: Tables, flow: Flow, path_mtu: int) -> Explanation:
+def outbound(tables: Tables, flow: Flow, mtu_of: MtuOf) -> Explanation:
     """What happens to a whole packet that leaves, by :meth:`ipsecq.engine.outbound.Outbound.process`.
 
-    ``path_mtu`` is that towards the outermost destination, in octets.
+    ``mtu_of`` is asked for the path MTU towards the outermost destination, in octets.
     """
     policy, skipped = _decide(tables, Direction.OUT, flow)
     answer = Explanation(flow, Direction.OUT, policy, skipped)
@@ -102,7 +105,7 @@ def outbound(tables: Tables, flow: Flow, path_mtu: int) -> Explanation:
     elif policy.action is not Action.IPSEC:
         answer.verdict, answer.fate = "clear", f"passes in clear: the policy says {policy.action.name.lower()}"
     else:
-        _explain_bundle(tables, answer, policy, path_mtu)
+        _explain_bundle(tables, answer, policy, mtu_of)
     return answer
 
 
@@ -149,7 +152,7 @@ def inbound(tables: Tables, flow: Flow) -> Explanation:
     return answer
 
 
-def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, path_mtu: int) -> None:
+def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, mtu_of: MtuOf) -> None:
     steps: list[OutboundStep] = []
     pool = Pool(bytes)  # nothing is sealed here
     flow = answer.flow
@@ -186,7 +189,8 @@ def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, path_mt
         return
     header = 20 if len(flow.src) == 4 else 40
     bundle = Bundle(tuple(steps), outermost, tables.counters)
-    answer.mtu = bundle.largest(path_mtu, header)
+    answer.path_mtu = mtu_of(outermost)
+    answer.mtu = bundle.largest(answer.path_mtu, header)
     answer.overhead = bundle.sealed_length(answer.mtu, header) - answer.mtu
     answer.layout = _layout(flow, steps)
     answer.verdict, answer.fate = "protected", "protected"

@@ -18,6 +18,7 @@ from ipsecq.engine.history import Applied, History
 from ipsecq.engine.inbound_sa import InboundSa, make_inbound
 from ipsecq.engine.pmtu import PathMtuCheck
 from ipsecq.engine.tables import Tables
+from ipsecq.engine.tap import Tap, plain
 from ipsecq.numbers import (
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
@@ -83,6 +84,13 @@ class Inbound:
         self._disabled: dict[tuple[int, int], int] = {}
         self._check_enabled()
         self._pmtu = PathMtuCheck(tables)
+        self._tap: Tap | None = None
+
+    def watch(self, tap: Tap | None) -> None:
+        """Show packets to ``tap``, from the next one on; None: to nobody."""
+        self._tap = tap
+        for key, ready in self._sas.items():
+            self._sas[key] = plain(ready) if tap is None else tap.inbound(plain(ready))
 
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
         """The fate of one datagram addressed to us: a :class:`Fate`, or the Counter of the drop (counted here).
@@ -228,7 +236,10 @@ class Inbound:
         sa = self._tables.sad.inbound(key)
         if sa is None:
             return None
-        ready = self._sas[key] = make_inbound(sa, self._tables)
+        ready = make_inbound(sa, self._tables)
+        if self._tap is not None:
+            ready = self._tap.inbound(ready)
+        self._sas[key] = ready
         return ready
 
     def _enter_tunnel(self, inner: bytes, version: int, outer_tos: int, invalid: Counter) -> bytes | int:

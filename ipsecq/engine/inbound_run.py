@@ -14,7 +14,7 @@ from ipsecq.counters import FIRST_DROP, Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.history import History
 from ipsecq.engine.inbound import Inbound, spi_of
-from ipsecq.engine.inbound_sa import EspReady
+from ipsecq.engine.inbound_sa import InboundSa
 from ipsecq.engine.tables import Tables
 from ipsecq.numbers import IPPROTO_UDP, Protocol
 from ipsecq.packet.buffer import Buffer
@@ -73,7 +73,7 @@ class InboundRuns(Inbound):
             return 0
         key = (view.dst, _ESP, spi_of(packets[0], _ESP, offset, view.length))
         ready = self._sas.get(key) or self._ready(key)
-        if not isinstance(ready, EspReady):
+        if ready is None:
             return 0
         return self._open_run(ready, members, numbers, offset, encapsulated, now, emit)
 
@@ -95,7 +95,7 @@ class InboundRuns(Inbound):
         key = (view.dst, _ESP, spi)
         ready = self._sas.get(key) or self._ready(key)
         size = _segment(packet, offset, spi, number)
-        if not isinstance(ready, EspReady) or not size:
+        if ready is None or not size:
             return False
         octets = memoryview(packet)[: view.length]
         places = range(offset, view.length, size)
@@ -118,7 +118,7 @@ class InboundRuns(Inbound):
         return True
 
     def _open_run(
-        self, ready: EspReady, members: list[Buffer], numbers: list[int], offset: int, encapsulated: int, now: float,
+        self, ready: InboundSa, members: list[Buffer], numbers: list[int], offset: int, encapsulated: int, now: float,
         emit: Emissions, *, extra: int = 0,
     ) -> int:  # fmt: skip
         """Packets of one SA, whose outer header the view has loaded; of them ``extra`` octets are not in the buffers."""

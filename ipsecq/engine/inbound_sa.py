@@ -62,6 +62,16 @@ class InboundSa(Protocol):
     ) -> Opened:
         """Open the header at ``offset``; ``encapsulated`` is the UDP source port that it came from, 0 without UDP."""
 
+    def open_run(
+        self, packets: list[Buffer], numbers: list[int], view: PacketView, offset: int, encapsulated: int, now: float,
+        emit: Emissions,
+    ) -> list[Group]:  # fmt: skip
+        """Open as many of ``packets`` as :meth:`open` would open to whole IP packets, from the first on.
+
+        All have the outer header that ``view`` has loaded and end with their buffers; ``numbers`` are their low
+        sequence numbers, which rise.  Nothing has happened to those that are in no group.
+        """
+
 
 class _Ready:
     """What ESP, AH and IPComp have in common."""
@@ -82,6 +92,13 @@ class _Ready:
     def is_tunnel(self, next_header: int) -> bool:
         """See :class:`InboundSa`.  Mode ``any`` is a tunnel when an IP packet is inside (BSD)."""
         return self._is_tunnel or (self._mode is Mode.ANY and next_header in {IPPROTO_IPV4, IPPROTO_IPV6})
+
+    def open_run(
+        self, packets: list[Buffer], numbers: list[int], view: PacketView, offset: int, encapsulated: int, now: float,
+        emit: Emissions,
+    ) -> list[Group]:  # fmt: skip
+        """See :class:`InboundSa`: one by one, please."""
+        return []
 
     def _refuse(self, word: int, reason: int) -> Opened:
         self._words[self._base + word] += 1
@@ -134,11 +151,7 @@ class EspReady(_Ready):
         self, packets: list[Buffer], numbers: list[int], view: PacketView, offset: int, encapsulated: int, now: float,
         emit: Emissions,
     ) -> list[Group]:  # fmt: skip
-        """Open as many of ``packets`` as :meth:`open` would open to whole IP packets, from the first on.
-
-        All have the outer header that ``view`` has loaded and end with their buffers; ``numbers`` are their low
-        sequence numbers, which rise.  Nothing has happened to those that are in no group.
-        """
+        """See :class:`InboundSa`."""
         if self._idle:
             self._idle -= 1
             return []

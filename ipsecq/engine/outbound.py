@@ -15,6 +15,7 @@ from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.emit import Acquire, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
+from ipsecq.engine.tap import Tap
 from ipsecq.numbers import IPPROTO_TCP, IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
 from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
@@ -79,6 +80,12 @@ class Outbound:
         self._acquired: dict[Acquire, tuple[float, int]] = {}
         self._told: dict[tuple[bytes, bytes], float] = {}
         self._identification = int.from_bytes(tables.random(4), "big")
+        self._tap: Tap | None = None
+
+    def watch(self, tap: Tap | None) -> None:
+        """Show packets to ``tap``, from the next one on; None: to nobody."""
+        self._tap = tap
+        self._flows.clear()
 
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
         """The fate of one whole IP datagram: a :class:`Fate`, or the Counter of the drop (counted here).
@@ -221,7 +228,7 @@ class Outbound:
             step = self._steps.get(key)
             if step is None or step.sa is not sa:
                 step = self._steps[key] = make_step(sa, tables, self._pool, tunnel)
-            steps.append(step)
+            steps.append(step if self._tap is None else self._tap.outbound(step))
             if tunnel:
                 src, dst = near, far
         return (Bundle(tuple(steps), dst, self._counters) if steps else _PASS), wanted

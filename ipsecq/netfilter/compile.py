@@ -2,7 +2,7 @@
 
 A packet's way through the table::
 
-    prerouting  -250  enc0 → inner rules, accept · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
+    prerouting  -250  enc0 → accept (see ``inner.py``) · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
                       of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery →
                       accept · inbound policies (clear packets only) · default policy
     postrouting  150  ours, neighbour discovery → accept · outbound policies → guard → worker · default policy
@@ -84,8 +84,7 @@ def compile_ruleset(
     table = settings.table
     lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
     lines += ["  " + line for line in _skeleton(settings, sysctl, guarded or {})]
-    lines += ["}", *plan.update(policies, sysctl), *inner_and_defaults(settings, sysctl)]
-    lines += [f'include "{path}"' for path in settings.inner_files]
+    lines += ["}", *plan.update(policies, sysctl), *defaults(settings, sysctl)]
     return "\n".join(lines) + "\n" + compile_egress(guarded or {}, settings)
 
 
@@ -99,7 +98,7 @@ def compile_update(policies: Iterable[Policy], settings: NetfilterSettings, sysc
 
 def compile_commands(commands: Iterable[str], settings: NetfilterSettings, sysctl: Sysctl) -> str:
     """The same from the commands of :meth:`Plan.update`."""
-    return "\n".join([*commands, *inner_and_defaults(settings, sysctl)]) + "\n"
+    return "\n".join([*commands, *defaults(settings, sysctl)]) + "\n"
 
 
 def compile_block(settings: NetfilterSettings) -> str:
@@ -161,8 +160,9 @@ def egress_chain(index: int) -> str:
 
 
 def compile_remove(settings: NetfilterSettings) -> str:
-    """Take both tables away, whether they are there or not."""
-    lines = (f"{verb} table {family} {settings.table}" for family in ("inet", "netdev") for verb in ("add", "delete"))
+    """Take our tables away, whether they are there or not."""
+    tables = (f"inet {settings.table}", f"netdev {settings.table}", f"inet {settings.table}_inner")
+    lines = (f"{verb} table {table}" for table in tables for verb in ("add", "delete"))
     return "\n".join(lines) + "\n"
 
 
@@ -185,7 +185,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
     yield "chain in_clear { counter name in_clear_dropped drop; }"
     yield "chain in_discard { counter name in_discard_dropped drop; }"
     yield "chain out_discard { counter name out_discard_dropped drop; }"
-    for chain in ("inner", "inner_filter", "default_in", "default_out"):
+    for chain in ("default_in", "default_out"):
         yield f"chain {chain} {{ }}"
     for side in ("in", "out"):
         yield f"chain policy_{side}_ipv4 {{ }}"
@@ -226,7 +226,7 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
         yield "  meta length 0 meta l4proto tcp tproxy to :1"
     elif settings.defragment == "ct":
         yield "  meta length 0 ct state new counter"
-    yield f'  iifname "{settings.enc_device}" goto inner_filter'
+    yield f'  iifname "{settings.enc_device}" accept'
     if not settings.loopback:
         yield '  iif "lo" accept'
     yield f"  meta l4proto {PROTOCOLS} fib daddr type local goto steer"
@@ -267,8 +267,8 @@ def policy_jumps(side: str) -> Iterator[str]:
     yield "}"
 
 
-def inner_and_defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
-    """Commands that make the chains of ``def_policy`` and ``filtertunnel`` say what the knobs say."""
+def defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
+    """Commands that make the chains of ``def_policy`` say what the knobs say."""
     table = settings.table
     families: tuple[tuple[str, FamilyKnobs], ...] = (("ipv4", sysctl.v4), ("ipv6", sysctl.v6))
     for side in ("in", "out"):
@@ -277,11 +277,6 @@ def inner_and_defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[
             if knobs.def_policy == 0:
                 drop = f"counter name {side}_default_dropped drop"
                 yield f"add rule inet {table} default_{side} meta nfproto {family} {drop}"
-    yield f"flush chain inet {table} inner_filter"
-    for family, knobs in families:
-        if knobs.filtertunnel:
-            yield f"add rule inet {table} inner_filter meta nfproto {family} jump inner"
-    yield f"add rule inet {table} inner_filter accept"
 
 
 def _ports(settings: NetfilterSettings) -> str:

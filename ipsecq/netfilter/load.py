@@ -10,6 +10,7 @@ import json
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final
 
 from ipsecq.errors import NetfilterError
@@ -25,6 +26,7 @@ from ipsecq.netfilter.compile import (
     egress_chain,
     worker_chains,
 )
+from ipsecq.netfilter.inner import InnerTable, included, inner_files
 from ipsecq.netfilter.plan import Plan
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.netfilter.settings import NetfilterSettings
@@ -50,6 +52,7 @@ def run_nft(text: str, *arguments: str) -> str:
         raise NetfilterError(f"nft did not end within {_TIMEOUT:.0f} s") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" ^~")]
+        lines = [line for line in lines if not line.startswith("In file included from")]
         reason = ": ".join(lines[:2])[:300] or f"exit status {done.returncode}"
         raise NetfilterError(f"nft refused the ruleset: {reason}")
     return done.stdout
@@ -72,8 +75,12 @@ class Loader:
         """The second line of defence, kept in step; None where the kernel has no owned tables."""
         self.guarded: dict[int, str] = {}
         self._plan: Plan | None = None
+        self._inner = InnerTable(settings)
+        self._inner_rules: list[str] | None = None
+        """The operator's rules as they were last read: a repair must not stumble over a file that has changed since."""
         self._open = False
         self._expected: dict[str, int] = {}
+        self._called: dict[str, int] = {}
 
     def replace(self, policies: Iterable[Policy], sysctl: Sysctl, guarded: Mapping[int, str] | None = None) -> None:
         """Put the whole ruleset in place of whatever our tables hold, with worker chains that block.
@@ -103,7 +110,11 @@ class Loader:
         if self.sentinel is not None:
             commands = Plan(self.settings.table, self.settings.workers, self.settings.lanes).update(policies, sysctl)
             self.sentinel.load(commands, sysctl, guarded)
-        run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan))
+        rules = included(self.settings) if self._inner_rules is None else self._inner_rules
+        inner = self._inner.whole(policies, sysctl, rules)
+        run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan) + inner)
+        if self._inner_rules is None:
+            self._remember_inner()
         self._plan, self._open = plan, False
         self._expect()
 
@@ -120,7 +131,8 @@ class Loader:
         policies = list(policies)
         commands = plan.update(policies, sysctl)
         try:
-            run_nft(compile_commands(commands, self.settings, sysctl))
+            inner = "\n".join(self._inner.update(policies, sysctl))
+            run_nft(compile_commands(commands, self.settings, sysctl) + inner + "\n")
         except NetfilterError:
             if self.is_loaded():
                 raise
@@ -130,6 +142,24 @@ class Loader:
             self.sentinel.update(commands, sysctl)
         self._plan = plan
         self._expect()
+
+    def check_inner(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+        """Would nft take the operator's inner rules as the files are now?  NetfilterError with file and line if not."""
+        run_nft(InnerTable(self.settings).whole(policies, sysctl, included(self.settings)), "-c", "-f", "-")
+
+    def reload_inner(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+        """Read the operator's inner rules again: one transaction, or NetfilterError and the old ones stay.
+
+        Counters and dynamic sets in them begin anew.
+        """
+        inner = InnerTable(self.settings)
+        run_nft(inner.whole(policies, sysctl, included(self.settings)))
+        self._inner = inner
+        self._remember_inner()
+        self._expect()
+
+    def _remember_inner(self) -> None:
+        self._inner_rules = [Path(file).read_text("utf-8") for file in inner_files(self.settings)]
 
     def _restore(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
         was_open = self._open
@@ -189,7 +219,7 @@ class Loader:
             self.sentinel.close()
             self.sentinel = None
         run_nft(compile_remove(self.settings))
-        self._plan, self._open, self._expected, self.guarded = None, False, {}, {}
+        self._plan, self._open, self._expected, self._called, self.guarded = None, False, {}, {}, {}
 
     def guard(self, devices: Mapping[int, str]) -> list[str]:
         """Add devices: egress chain first, trusted after it.  Returns the names that could not be added.
@@ -247,7 +277,7 @@ class Loader:
 
     def is_loaded(self) -> bool:
         """True while our chains hold the rules that we put there; False after a foreign ``flush`` or ``delete``."""
-        if not self._expected or self._rules(nl.NFPROTO_INET) != self._expected:
+        if not self._expected or self._rules(nl.NFPROTO_INET) != self._expected or self._inner_counts() != self._called:
             return False
         chains = self._rules(nl.NFPROTO_NETDEV)
         # The chain of a device that has just gone may have gone with it.
@@ -264,7 +294,13 @@ class Loader:
         return netlink
 
     def _expect(self) -> None:
-        self._expected = self._rules(nl.NFPROTO_INET)
+        self._expected, self._called = self._rules(nl.NFPROTO_INET), self._inner_counts()
+
+    def _inner_counts(self) -> dict[str, int]:
+        """Rules of our own chains of the inner table; what the operator does in the others is no damage."""
+        with nl.NftSocket() as netlink:
+            counts = netlink.rule_counts(nl.NFPROTO_INET, self._inner.name)
+        return {chain: counts.get(chain, 0) for chain in ("prerouting", "call")}
 
     def _rules(self, family: int) -> dict[str, int]:
         with nl.NftSocket() as netlink:

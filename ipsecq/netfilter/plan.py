@@ -11,7 +11,7 @@ Adding or removing a policy costs O(groups) look-ups and gives O(1) set commands
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -218,8 +218,13 @@ class Plan:
     the plan no longer describes the kernel: drop it and start from a new one with a whole ruleset.
     """
 
-    def __init__(self, table: str, workers: int, lanes: int = 1) -> None:
+    def __init__(
+        self, table: str, workers: int, lanes: int = 1,
+        verdict: Callable[[Policy, Sysctl, int, int], str] = verdict_of,
+    ) -> None:  # fmt: skip
+        """``verdict(policy, sysctl, workers, lanes)`` says what is done with a policy's packets."""
         self.table, self.workers, self.lanes = table, workers, lanes
+        self._verdict = verdict
         self.sides = {
             (direction, family): Side(direction, family)
             for direction in (Direction.IN, Direction.OUT)
@@ -241,7 +246,7 @@ class Plan:
             number = policy.id or -1 - position
             if number in wanted:
                 raise ValueError(f"two policies have id {number}: {wanted[number][0].label}, {policy.label}")
-            wanted[number] = policy, verdict_of(policy, sysctl, self.workers, self.lanes)
+            wanted[number] = policy, self._verdict(policy, sysctl, self.workers, self.lanes)
         for number in [number for number, entry in self._entries.items() if wanted.get(number) != entry[:2]]:
             self._remove(number)
         fresh = sorted(wanted.keys() - self._entries.keys(), key=lambda number: _order(wanted[number][0], number))

@@ -21,9 +21,9 @@ from ipsecq.errors import NetfilterError
 from ipsecq.netfilter.compile import (
     compile_guard,
     compile_unguard,
+    defaults,
     exempt,
     guard_set,
-    inner_and_defaults,
     policy_jumps,
     worker_suffixes,
 )
@@ -80,7 +80,7 @@ class Sentinel:
 
     def __init__(self, settings: NetfilterSettings) -> None:
         self.main = settings.table
-        self.settings = replace(settings, table=f"{settings.table}_sentinel", inner_files=())
+        self.settings = replace(settings, table=f"{settings.table}_sentinel")
         self._nft = Nft()
         self._loaded = False
 
@@ -94,13 +94,13 @@ class Sentinel:
         # nft takes a table block without the flag for an attempt to disown the table.
         lines.append(f"table inet {self.settings.table} {{\nflags owner;\n{chr(10).join(self._skeleton())}\n}}")
         lines.append(f"add counter netdev {self.settings.table} stolen")
-        lines += [*self._translated(commands), *inner_and_defaults(self.settings, sysctl)]
+        lines += [*self._translated(commands), *defaults(self.settings, sysctl)]
         self._nft.run("\n".join(lines) + "\n" + compile_guard(guarded, self.settings))
         self._loaded = True
 
     def update(self, commands: list[str], sysctl: Sysctl) -> None:
         """Follow an update of the main table; call it after that one, so that it never drops what is served already."""
-        self._nft.run("\n".join([*self._translated(commands), *inner_and_defaults(self.settings, sysctl)]) + "\n")
+        self._nft.run("\n".join([*self._translated(commands), *defaults(self.settings, sysctl)]) + "\n")
 
     def guard(self, devices: Mapping[int, str]) -> None:
         """Add devices, before the main table trusts them."""
@@ -138,7 +138,7 @@ class Sentinel:
         yield "chain in_clear_open { accept; }"
         yield "chain in_discard { counter name in_discard_dropped drop; }"
         yield "chain out_discard { counter name out_discard_dropped drop; }"
-        for chain in ("inner", "inner_filter", "default_in", "default_out"):
+        for chain in ("default_in", "default_out"):
             yield f"chain {chain} {{ }}"
         for side in ("in", "out"):
             yield f"chain policy_{side}_ipv4 {{ }}"

@@ -41,8 +41,10 @@ class NetfilterSettings:
     """What switches the kernel's defragmentation on: ``tproxy``, ``ct`` (brings connection tracking) or ``none``."""
     socket_match: bool = True
     """Use nft's ``socket`` expression, by which packets *to* bypass sockets are exempt from inbound policies."""
-    inner_files: tuple[str, ...] = ()
-    """nft files included after our tables, in the same transaction: the operator's rules for the chain ``inner``."""
+    inner_dir: str = ""
+    """Directory whose ``*.nft`` hold the operator's rules for decapsulated packets; "" for none."""
+    reqid_mark: int = 0
+    """Adjacent bits of the packet mark that get the reqid of decapsulated packets' SAs; 0: none do."""
 
     def __post_init__(self) -> None:
         if self.mark_done | self.mark_stolen != self.mark_mask or self.mark_done & self.mark_stolen:
@@ -50,6 +52,9 @@ class NetfilterSettings:
                 f"mark_mask {self.mark_mask:#x} must be mark_done {self.mark_done:#x} | mark_stolen "
                 f"{self.mark_stolen:#x}, two different bits"
             )
+        low = self.reqid_mark & -self.reqid_mark
+        if self.reqid_mark & self.mark_mask or self.reqid_mark & (self.reqid_mark + low):
+            raise ValueError(f"reqid_mark {self.reqid_mark:#x}: adjacent bits, clear of {self.mark_mask:#x}")
         if not 1 <= self.workers <= 256 or not 1 <= self.lanes <= 16 or not 0 <= self.queue_base <= 0xFFFF - self.queues:
             raise ValueError(
                 f"workers {self.workers} (1 to 256), lanes {self.lanes} (1 to 16) from queue {self.queue_base} on "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from ipsecq.netfilter.plan import Plan
@@ -18,23 +18,25 @@ NEIGHBOUR_DISCOVERY: Final = frozenset({130, 131, 132, 133, 134, 135, 136, 137, 
 
 def chains(
     policies: Iterable[Policy], policy: Policy | None, direction: Direction, family: int, settings: NetfilterSettings,
-    sysctl: Sysctl,
+    sysctl: Sysctl, places: Callable[[int], list[str]] | None = None,
 ) -> list[str]:
     """The hook, the chains and maps, and the verdict for a clear packet that ``policy`` decides about.
 
     ``policies`` is the whole SPD in its order: which map or chain holds a policy depends on its neighbours.  Costs what
-    compiling the ruleset costs.
+    compiling the ruleset costs, unless ``places`` (:meth:`ipsecq.netfilter.load.Loader.where`) knows.
     """
     hook, side = ("prerouting", "in") if direction is Direction.IN else ("postrouting", "out")
     if policy is None:
         knobs = sysctl.v4 if family == 4 else sysctl.v6
         verdict = "accept" if knobs.def_policy else "drop"
         return [hook, f"policy_{side}_ipv{family}: no rule matches", f"default_{side}", verdict]
-    plan = Plan(settings.table, settings.workers, settings.lanes)
-    plan.update(policies, sysctl)
-    places = plan.where(policy.id) or ["no rule: no packet can match it"]
+    if places is None:
+        plan = Plan(settings.table, settings.workers, settings.lanes)
+        plan.update(policies, sysctl)
+        places = plan.where
+    found = places(policy.id) or ["no rule: no packet can match it"]
     verdict = verdict_of(policy, sysctl, settings.workers, settings.lanes)
-    return [hook, f"policy_{side}_ipv{family}", " and ".join(places), verdict]
+    return [hook, f"policy_{side}_ipv{family}", " and ".join(found), verdict]
 
 
 def exempt(settings: NetfilterSettings, protocol: int, icmp_type: int) -> bool:

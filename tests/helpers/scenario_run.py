@@ -92,9 +92,16 @@ class Runner:
 
     def receive(self, step: Step) -> tuple[int, bytes, list[bytes]]:
         """Let the step's packet arrive; its fate, what it was before the peer sealed it, and what came out."""
+        original, *arriving = self.arriving(step)
+        for packet in arriving[:-1]:
+            assert self.machine.receive(packet)[0] == Fate.DONE
+        return *_pair(self.machine.receive(arriving[-1]), original),
+
+    def arriving(self, step: Step) -> list[bytes]:
+        """The step's packet, and then what of it arrives, one after the other: sealed by the peer, if the step says so."""
         original = build(step.packet, self.wire)
         if not step.sealed:
-            return *_pair(self.machine.receive(original), original),
+            return [original, original]
         peer = self.peers.get(step.sealed)
         if peer is None:
             _, policies = databases("", step.sealed)
@@ -102,12 +109,13 @@ class Runner:
         fate, wire = peer.send(original)
         assert (fate, len(wire)) == (Fate.DONE, 1), "the peer did not seal the packet"
         packet = wire[0]
+        before = []
         for what in step.tamper:
             if what == "replay":
-                assert self.machine.receive(packet)[0] == Fate.DONE
+                before.append(packet)
             else:
                 packet = tamper(packet, what)
-        return *_pair(self.machine.receive(packet), original),
+        return [original, *before, packet]
 
     def change(self, step: Step) -> None:
         """Apply ``setkey`` and ``knobs`` to the running machine, as the daemon does: in place of the old tables."""

@@ -19,6 +19,7 @@ Keys of a row:
 ``layout``    headers of the protected packet, opened again, outermost first
 ``acquire``   SAs that are asked for; ``error``: the ICMP error that is sent; ``learned``: path MTU that is believed
 ``pieces``    datagrams that leave; ``outer``, ``inner``: fields of the first header on the wire, of the packet that enters
+``kernel``    true: the row is run end to end, too, by a gateway with the real kernel (tests/gateway/test_scenarios.py)
 ``then``      further steps, in which ``setkey`` and ``knobs`` change things and the other keys replace the row's
 """
 
@@ -52,7 +53,7 @@ STEP_KEYS = {
     "packet", "way", "mtu", "sealed", "tamper", "fate", "layout", "acquire", "error", "learned", "pieces", "outer",
     "inner", "setkey", "knobs",
 }  # fmt: skip
-ROW_KEYS = STEP_KEYS - {"setkey"} | {"rule", "policy", "sas", "peer_sas", "peer_knobs", "family", "each", "then"}
+ROW_KEYS = STEP_KEYS - {"setkey"} | {"rule", "policy", "sas", "peer_sas", "peer_knobs", "family", "each", "kernel", "then"}
 OUTCOME = ("layout", "acquire", "error", "learned", "pieces", "outer", "inner")
 """What belongs to one step only and is not inherited by the next."""
 
@@ -85,6 +86,8 @@ class Scenario:
     knobs: dict[str, int]
     peer_knobs: dict[str, int]
     steps: list[Step]
+    kernel: bool = False
+    """It is run end to end, too."""
 
 
 @dataclass
@@ -145,7 +148,7 @@ def _scenario(row: dict[str, Any], file: str, words: dict[str, str], known: dict
         file, row["rule"], row.get("policy", ""),
         {name: _fill(known[name], words).strip() for name in names},
         {name: _fill(known[name], words).strip() for name in peer_names},
-        row.get("knobs", {}), row.get("peer_knobs", {}), steps,
+        row.get("knobs", {}), row.get("peer_knobs", {}), steps, row.get("kernel", False),
     )  # fmt: skip
 
 

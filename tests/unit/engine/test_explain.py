@@ -78,7 +78,7 @@ def test_what_is_said_about_a_packet_that_leaves_is_what_happens_to_it(
     machine = make_peer(sas, spd, knobs_of(family, levels, off, default))
     packet = build(fill("{A} > {B} " + text, family), [])
     before = bytes(machine.tables.words), bytes(machine.tables.counters)
-    answer = explain.outbound(machine.tables, flow_of(packet), 1500)
+    answer = explain.outbound(machine.tables, flow_of(packet), lambda _: 1500)
     assert (bytes(machine.tables.words), bytes(machine.tables.counters)) == before, "an explanation changes nothing"
     fate, wire = machine.send(packet)
     assert answer.verdict == ("dropped" if fate >= FIRST_DROP else VERDICTS[Fate(fate)])
@@ -128,7 +128,8 @@ def test_layout_and_mtu_are_those_of_the_scenario_table(scenario: Scenario) -> N
         if step.way == "in" or "fragment=" in step.packet:
             runner.run(unchanged)
             continue
-        answer = explain.outbound(runner.machine.tables, flow_of(build(step.packet, runner.wire)), step.mtu)
+        packet = build(step.packet, runner.wire)
+        answer = explain.outbound(runner.machine.tables, flow_of(packet), lambda _, mtu=step.mtu: mtu)
         outcome = runner.run(unchanged)
         if "layout" in outcome:
             said = re.sub(r"IPv[46] | > 4500", "", " | ".join(answer.layout[:-1]))
@@ -148,7 +149,7 @@ def test_the_mtu_is_exact_with_every_kind_of_bundle() -> None:
         sas, spd = databases(text, fill("spdadd {A} {B} any -P out ipsec " + rules + ";", 4))
         machine = make_peer(sas, spd, mtu=1400)
         packet = build(fill("{A} > {B} udp 1 2 size=10 df", 4), [])
-        answer = explain.outbound(machine.tables, flow_of(packet), 1400)
+        answer = explain.outbound(machine.tables, flow_of(packet), lambda _: 1400)
         fits = build(fill(f"{{A}} > {{B}} udp 1 2 size={answer.mtu - 28} df", 4), [])
         fate, wire = machine.send(fits)
         assert (fate, len(fits)) == (Fate.DONE, answer.mtu)
@@ -170,7 +171,7 @@ def test_each_policy_before_the_match_has_the_reason_why_not() -> None:
         spdadd 10.0.0.1 10.0.0.2 any -P in none;
     """)  # fmt: skip
     tables = standalone.build([], spd, random.Random(1).randbytes)
-    answer = explain.outbound(tables, Flow(address("10.0.0.1"), address("10.0.0.2"), 17, 1000, 2000), 1500)
+    answer = explain.outbound(tables, Flow(address("10.0.0.1"), address("10.0.0.2"), 17, 1000, 2000), lambda _: 1500)
     assert [skipped.reason for skipped in answer.skipped] == [
         "source address", "destination address", "protocol is 6", "source port (or type) is 1-2",
         "destination port (or code) is 53-53",
@@ -182,7 +183,7 @@ def test_each_policy_before_the_match_has_the_reason_why_not() -> None:
 def test_knobs_that_decide_are_named() -> None:
     sas, spd = databases(fill(SAS["esp"], 4), fill("spdadd {A} {B} any -P out ipsec esp/transport//default;", 4))
     machine = make_peer(sas, spd, {"net.inet.esp.esp_enable": 0, "net.inet.ipsec.esp_trans_deflev": 2})
-    answer = explain.outbound(machine.tables, flow_of(build(fill("{A} > {B} udp 1 2", 4), [])), 1500)
+    answer = explain.outbound(machine.tables, flow_of(build(fill("{A} > {B} udp 1 2", 4), [])), lambda _: 1500)
     assert answer.verdict == "dropped"
     assert {knob.name: knob.value for knob in answer.knobs} == {
         "net.inet.esp.esp_enable": 0, "net.inet.ipsec.esp_trans_deflev": 2,

@@ -18,7 +18,7 @@ SHOWN: Final = 8
 """Policies before the match that the text names; the nearest ones.  JSON has all that are known."""
 
 
-def as_text(answer: Explanation, chains: Sequence[str], path_mtu: int) -> str:
+def as_text(answer: Explanation, chains: Sequence[str]) -> str:
     """What a person wants to know first comes first."""
     lines: list[str] = []
 
@@ -39,7 +39,7 @@ def as_text(answer: Explanation, chains: Sequence[str], path_mtu: int) -> str:
         say("SAs" if not number else "", _transform(report))
     if answer.layout:
         say("layout", " | ".join(answer.layout))
-        say("MTU", f"{answer.mtu}: {path_mtu} of the path, {answer.overhead} for our headers")
+        say("MTU", f"{answer.mtu}: {answer.path_mtu} of the path, {answer.overhead} for our headers")
     say("kernel", " -> ".join(chains))
     if answer.direction is Direction.IN:
         say("", "(a clear packet; ESP, AH and IPComp to this host go to the worker of their SPI first)")
@@ -48,7 +48,7 @@ def as_text(answer: Explanation, chains: Sequence[str], path_mtu: int) -> str:
     return "\n".join(lines)
 
 
-def as_data(answer: Explanation, chains: Sequence[str], path_mtu: int) -> dict[str, Any]:
+def as_data(answer: Explanation, chains: Sequence[str]) -> dict[str, Any]:
     """The same for programs.  SAs are named by SPI; no key is in it."""
     flow = answer.flow
     policy = answer.policy
@@ -80,7 +80,7 @@ def as_data(answer: Explanation, chains: Sequence[str], path_mtu: int) -> dict[s
             for each in answer.transforms
         ],
         "layout": answer.layout,
-        "path_mtu": path_mtu,
+        "path_mtu": answer.path_mtu or None,
         "mtu": answer.mtu or None,
         "overhead": answer.overhead,
         "kernel": list(chains),
