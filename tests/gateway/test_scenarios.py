@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
+import tomllib
 from collections.abc import Iterator
 
 import pytest
+from engine_peers import make_peer, udp
 from scenario_kernel import KernelRunner, Stage
-from scenarios import Scenario, load
+from scenario_run import databases
+from scenarios import DIRECTORY, FAMILIES, Scenario, fill, load
 
 from ipsecq.lab.netns import Lab
+from ipsecq.packet.fragments import fragment
 
 pytestmark = pytest.mark.root
 
@@ -34,3 +39,52 @@ def test_the_gateway_does_what_the_table_says(stage: Stage, scenario: Scenario) 
         outcome = runner.run(step)
         expected = {name: step.expected[name] for name in SEEN_OUTSIDE if name in step.expected}
         assert outcome == {"fate": step.fate, **expected}, f"step {number}: {step.packet}"
+
+
+SEALING = "spdadd {b} {a} any -P out ipsec esp/tunnel/{H}-{G}/require;"
+
+
+def scene(name: str, policy: str, sas: tuple[str, ...] = ()) -> Scenario:
+    """A scenario without rows, for packets that the tables have no words for."""
+    known = tomllib.loads((DIRECTORY / "sas.toml").read_text("utf-8"))
+    texts = {each: fill(known[each], FAMILIES[4]).strip() for each in sas}
+    return Scenario("fragments", name, fill(policy, FAMILIES[4]), texts, texts, {}, {}, [])
+
+
+def grown(stage: Stage, packets: list[bytes], device: str = "wire") -> dict[str, int]:
+    """What the counters have grown by when the packets have come to rest."""
+    before = stage.counters()
+    for packet in packets:
+        stage.send(device, packet)
+    time.sleep(0.2)
+    return {name: more for name, value in stage.counters().items() if (more := value - before.get(name, 0))}
+
+
+def test_a_clear_datagram_in_fragments_is_judged_whole_by_its_ports(stage: Stage) -> None:
+    policy = "spdadd {b} {a}[1000] udp -P in ipsec esp/tunnel/{H}-{G}/require;"
+    KernelRunner(stage, scene("ports", policy))
+    for port, counter in ((1000, "in_clear_dropped"), (1001, "clear")):
+        whole = udp("10.2.0.7", "10.1.0.7", bytes(2000), sport=2000, dport=port)
+        assert grown(stage, fragment(whole, 1000, 0)).get(counter) == 1
+
+
+def test_esp_in_fragments_is_put_together_and_opened(stage: Stage) -> None:
+    policy = "spdadd {b} {a} any -P in ipsec esp/tunnel/{H}-{G}/require;"
+    runner = KernelRunner(stage, scene("outer fragments", policy, ("esp-tunnel",)))
+    peer = make_peer(runner.runner.peer_sas, databases("", fill(SEALING, FAMILIES[4]))[1], mtu=3000)
+    whole = peer.send(udp("10.2.0.7", "10.1.0.7", bytes(1400)))[1][0]
+    pieces = fragment(whole, 600, 0)
+    assert len(pieces) == 3
+    assert grown(stage, pieces)["enters"] == 1
+
+
+def test_an_inner_datagram_in_fragments_arrives_whole_through_the_tunnel(stage: Stage) -> None:
+    policy = "spdadd {b} {a} any -P in ipsec esp/tunnel/{H}-{G}/require;"
+    runner = KernelRunner(stage, scene("inner fragments", policy, ("esp-tunnel",)))
+    peer = make_peer(runner.runner.peer_sas, databases("", fill(SEALING, FAMILIES[4]))[1])
+    whole = udp("10.2.0.7", "10.1.0.7", bytes(range(256)) * 5)
+    sealed = [peer.send(piece)[1][0] for piece in fragment(whole, 800, 0)]
+    assert len(sealed) == 2
+    stage.taken("lan")
+    assert grown(stage, sealed)["esp_input"] == 2
+    assert b"".join(packet[20:] for packet in stage.taken("lan")) == whole[20:]

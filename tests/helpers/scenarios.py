@@ -19,7 +19,7 @@ Keys of a row:
 ``layout``    headers of the protected packet, opened again, outermost first
 ``acquire``   SAs that are asked for; ``error``: the ICMP error that is sent; ``learned``: path MTU that is believed
 ``pieces``    datagrams that leave; ``outer``, ``inner``: fields of the first header on the wire, of the packet that enters
-``kernel``    true: the row is run end to end, too, by a gateway with the real kernel (tests/gateway/test_scenarios.py)
+``kernel``    families for which the row is run end to end, too: a gateway, the real kernel (tests/gateway/test_scenarios.py)
 ``then``      further steps, in which ``setkey`` and ``knobs`` change things and the other keys replace the row's
 """
 
@@ -126,8 +126,8 @@ def _expand(row: dict[str, Any], file: str, known: dict[str, str]) -> list[Scena
     for family in row.get("family", [4]):
         for each in row.get("each", [{}]):
             words = FAMILIES[family] | each
-            words |= {key: _fill(value, words) for key, value in each.items()}
-            found.append(_scenario(_fill(row, words), file, words, known))
+            words |= {key: fill(value, words) for key, value in each.items()}
+            found.append(_scenario(fill(row, words), file, words, known))
     return found
 
 
@@ -146,19 +146,20 @@ def _scenario(row: dict[str, Any], file: str, words: dict[str, str], known: dict
         ))  # fmt: skip
     return Scenario(
         file, row["rule"], row.get("policy", ""),
-        {name: _fill(known[name], words).strip() for name in names},
-        {name: _fill(known[name], words).strip() for name in peer_names},
-        row.get("knobs", {}), row.get("peer_knobs", {}), steps, row.get("kernel", False),
+        {name: fill(known[name], words).strip() for name in names},
+        {name: fill(known[name], words).strip() for name in peer_names},
+        row.get("knobs", {}), row.get("peer_knobs", {}), steps, words["V"] in [FAMILIES[family]["V"] for family in row.get("kernel", [])],
     )  # fmt: skip
 
 
-def _fill(value: Any, words: dict[str, str]) -> Any:
+def fill(value: Any, words: dict[str, str]) -> Any:
+    """``value`` with its ``{names}`` replaced, all the way down; what is then a number becomes one."""
     if isinstance(value, str):
         for name, text in words.items():
             value = value.replace("{" + name + "}", str(text))
         return int(value) if value.lstrip("-").isdigit() else value
     if isinstance(value, list):
-        return [_fill(each, words) for each in value]
+        return [fill(each, words) for each in value]
     if isinstance(value, dict):
-        return {_fill(key, words): _fill(each, words) for key, each in value.items() if key not in {"each", "family"}}
+        return {fill(key, words): fill(each, words) for key, each in value.items() if key not in {"each", "family"}}
     return value
