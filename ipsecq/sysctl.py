@@ -48,7 +48,9 @@ def _table() -> Iterator[Variable]:
             f"{tree}.ecn", (home,), "ecn", 0, -1, 1,
             "ECN at tunnel ends: 0 forbidden (outer bits cleared), 1 allowed (RFC 6040), -1 leave alone.",
         )  # fmt: skip
-        yield Variable(f"{tree}.debug", (home,), "debug", 0, 0, _INT_MAX, f"Non-zero: log why {family} packets drop.")
+        yield Variable(
+            f"{tree}.debug", (home,), "debug", 0, 0, _INT_MAX, f"Non-zero: log why workers drop {family} packets."
+        )
         yield Variable(
             f"{tree}.filtertunnel", (home,), "filtertunnel", 0, 0, 1,
             f"1: decapsulated {family} packets pass the operator's inner rules; 0: they don't.",

@@ -19,8 +19,8 @@ from ipsecq.errors import CaptureError
 if TYPE_CHECKING:
     from ipsecq.daemon.tap import TapClient
 
-_LAST_SECONDS: Final = 1.0
-"""After an interrupt: what is on its way still arrives."""
+_LAST_SECONDS: Final = 0.4
+"""After an interrupt: workers say within a quarter of a second what they dropped."""
 _MESSAGE: Final = 1 << 19
 _NICE: Final = 10
 """Who reads a capture must not take the processor from who makes the packets; what it is too late for is counted."""
@@ -75,17 +75,19 @@ def _copy(client: TapClient, stream: BinaryIO, snaplen: int, count: int) -> tupl
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(woken, b"x"))
     dropped = packets = 0
-    patience: float | None = None
+    deadline: float | None = None
     try:
         with stream:
             writer = EncWriter(stream, snaplen)
             stream.flush()
             while not count or writer.packets < count:
+                patience = None if deadline is None else deadline - time.monotonic()
+                if patience is not None and patience <= 0:
+                    break
                 ready = select.select([client.packets.fileno(), wake], [], [], patience)[0]
                 if wake in ready:
                     os.read(wake, 1)
-                    client.close()
-                    patience = _LAST_SECONDS
+                    deadline = deadline or time.monotonic() + _LAST_SECONDS
                     continue
                 if not ready:
                     break

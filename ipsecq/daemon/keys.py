@@ -151,7 +151,7 @@ class KeyService:
         self._authority = authority
         database = AuthorityDatabase(authority, acquire_failed)
         self.server = PfkeyServer(
-            database, time.time, secrets.randbelow, allow_legacy=config.daemon.allow_legacy
+            database, time.time, secrets.randbelow, allow_legacy=config.daemon.allow_legacy, knobs=authority.sysctl.key
         )
         self._barrier = Barrier(authority, publish, spawn)
         self.sockets = PfkeySocketServer(self.server, self._barrier)

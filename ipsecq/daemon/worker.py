@@ -27,6 +27,7 @@ from ipsecq.daemon.messages import Frame, FrameReader, WorkerSetup, encode_line,
 from ipsecq.daemon.replica import Replica
 from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.tap import MIRROR
+from ipsecq.datapath.droplog import DropLog
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
@@ -154,6 +155,7 @@ class Worker:
         counters = cast("MutableSequence[int]", self._counters)
         outbound = Outbound(tables, path_mtu.mtu_of, path_mtu.source_for)
         inbound = InboundRuns(tables, unite=setup.coalesce)
+        outbound.on_drop = inbound.on_drop = DropLog(replica.sysctl)
         taps = Taps(outbound, inbound, replica.sysctl)
         self._loop = WorkerLoop(
             queue,

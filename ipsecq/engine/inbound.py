@@ -7,6 +7,7 @@ if its policy agrees with that history.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import Struct
 from typing import Final
 
@@ -85,6 +86,8 @@ class Inbound:
         self._check_enabled()
         self._pmtu = PathMtuCheck(tables)
         self._tap: Tap | None = None
+        self.on_drop: Callable[[str, Buffer, int], None] | None = None
+        """``on_drop(way, packet, reason)`` hears of each dropped packet, as it was before anything was opened."""
 
     def watch(self, tap: Tap | None) -> None:
         """Show packets to ``tap``, from the next one on; None: to nobody."""
@@ -102,6 +105,8 @@ class Inbound:
         fate = self._open_all(packet, now, emit)
         if fate >= FIRST_DROP:
             self._counters[fate] += 1
+            if self.on_drop is not None:
+                self.on_drop("in", packet, fate)
         return fate
 
     def _check_enabled(self) -> None:

@@ -160,6 +160,8 @@ class InboundRuns(Inbound):
                 fate = self._chain(fate, opened, now, emit)
             if fate >= FIRST_DROP:
                 self._counters[fate] += 1
+                if self.on_drop is not None:
+                    self.on_drop("in", plaintext[:end], fate)
 
     def _enter_run(
         self, run: Run, first: bytes, outer: tuple[int, int], opened: History, emit: Emissions
@@ -173,6 +175,8 @@ class InboundRuns(Inbound):
         verdict = self._verdict(opened)
         if verdict:
             self._counters[verdict] += run.number
+            if self.on_drop is not None:
+                self.on_drop("in", first, verdict)
         else:
             self._counters[_IN_DELIVERED] += run.number
             emit.runs.append((len(emit.inner), run))

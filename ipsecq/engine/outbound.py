@@ -59,6 +59,9 @@ _DISABLED: Final = {
 MtuOf = Callable[[bytes], int]
 """``mtu_of(dst) -> octets``: the path MTU towards a packed address."""
 
+OnDrop = Callable[[str, Buffer, int], None]
+"""``on_drop(way, packet, reason)`` hears of each dropped packet: ``in`` or ``out``, and the Counter."""
+
 SourceFor = Callable[[bytes], bytes]
 """``source_for(dst) -> address``: our own address towards ``dst``, the source of the ICMP errors that we send."""
 
@@ -81,6 +84,7 @@ class Outbound:
         self._told: dict[tuple[bytes, bytes], float] = {}
         self._identification = int.from_bytes(tables.random(4), "big")
         self._tap: Tap | None = None
+        self.on_drop: OnDrop | None = None
 
     def watch(self, tap: Tap | None) -> None:
         """Show packets to ``tap``, from the next one on; None: to nobody."""
@@ -114,6 +118,8 @@ class Outbound:
         fate = decision if isinstance(decision, int) else self._send(decision, packet, view, now, emit)
         if fate >= FIRST_DROP:
             counters[fate] += 1
+            if self.on_drop is not None:
+                self.on_drop("out", packet, fate)
         elif fate == _PASS:
             counters[Counter.OUT_PASSED] += 1
         return fate

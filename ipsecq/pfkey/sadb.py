@@ -14,13 +14,14 @@ from typing import Final
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.pfkey import saconvert
 from ipsecq.pfkey.acquire import Acquires
-from ipsecq.pfkey.constants import CPI_MAX, LARVAL_LIFETIME, SPI_MAX, SPI_MIN, Dialect, MessageType
+from ipsecq.pfkey.constants import CPI_MAX, SPI_MIN, Dialect, MessageType
 from ipsecq.pfkey.database import SecurityDatabase, Usage
 from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import NatPort, Sa
 from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
 from ipsecq.sa.association import Lifetime, SaKey, SecurityAssociation
+from ipsecq.sysctl import KeyKnobs
 
 MAX_LARVAL: Final = 8192
 """Larval SAs of all clients: each is a GETSPI that a peer's IKE message can cause."""
@@ -40,8 +41,9 @@ class SaHandlers:
     clock: Callable[[], float]
     randbelow: Callable[[int], int]
     allow_legacy: bool
+    knobs: KeyKnobs
     _larvals: deque[tuple[float, SecurityAssociation, int]] = field(default_factory=deque)
-    """(end of its time, SA, client id); those that have matured meanwhile are still there."""
+    """(when it was made, SA, client id); those that have matured meanwhile are still there."""
 
     # -- requests --------------------------------------------------------------------------------------
 
@@ -56,11 +58,11 @@ class SaHandlers:
         spi = self._free_spi(dst.address, protocol, low, high, client.dialect)
         larval = SecurityAssociation(
             protocol, spi, src.address, dst.address, mode=mode, reqid=reqid, state=SaState.LARVAL,
-            hard=Lifetime(addtime=int(LARVAL_LIFETIME)), seq=message.seq, pid=message.pid, created=now,
+            hard=Lifetime(addtime=self.knobs.larval_lifetime), seq=message.seq, pid=message.pid, created=now,
             label=f"pfkey:{message.pid}",
         )  # fmt: skip
         self.database.add_sa(larval)
-        self._larvals.append((now + LARVAL_LIFETIME, larval, client.id))
+        self._larvals.append((now, larval, client.id))
         self.hub.unicast(client, self._describe(larval, MessageType.GETSPI, message.seq, message.pid))
 
     def _need_room(self, client: Client) -> None:
@@ -77,7 +79,10 @@ class SaHandlers:
 
     def _range(self, message: Message, protocol: Protocol) -> tuple[int, int]:
         if message.spirange is None:
-            return SPI_MIN, CPI_MAX if protocol is Protocol.IPCOMP else SPI_MAX
+            if protocol is Protocol.IPCOMP:
+                return SPI_MIN, CPI_MAX
+            low, high = self.knobs.spi_minval, self.knobs.spi_maxval
+            return (low, high) if low <= high else (high, low)
         low, high = message.spirange.min, message.spirange.max
         if low > high:
             raise PfkeyError(f"SPI range {low:#x} to {high:#x} is empty")
@@ -198,7 +203,7 @@ class SaHandlers:
 
     def expire_larvals(self, now: float) -> None:
         """Remove larval SAs whose time is over."""
-        while self._larvals and self._larvals[0][0] <= now:
+        while self._larvals and self._larvals[0][0] + self.knobs.larval_lifetime <= now:
             larval = self._larvals.popleft()[1]
             if self._is_larval(larval):
                 self.database.delete_sa(larval.key)

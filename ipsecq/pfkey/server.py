@@ -27,6 +27,7 @@ from ipsecq.pfkey.sadb import SaHandlers
 from ipsecq.pfkey.spdb import PolicyHandlers
 from ipsecq.policy.model import Policy, Transform
 from ipsecq.sa.association import SecurityAssociation
+from ipsecq.sysctl import KeyKnobs, Sysctl
 
 Datagrams = list[tuple[int, bytes]]
 """(client id, datagram): to be sent in this order."""
@@ -46,11 +47,15 @@ class PfkeyServer:
         randbelow: Callable[[int], int],
         *,
         allow_legacy: bool = False,
+        knobs: KeyKnobs | None = None,
     ) -> None:
+        """``knobs``: ``net.key``; without them their defaults."""
         self.hub = Hub()
         self.acquires = Acquires()
         self._database, self._clock, self._allow_legacy = database, clock, allow_legacy
-        self.sadb = SaHandlers(database, self.hub, self.acquires, clock, randbelow, allow_legacy)
+        self.sadb = SaHandlers(
+            database, self.hub, self.acquires, clock, randbelow, allow_legacy, knobs or Sysctl().key
+        )
         self.spdb = PolicyHandlers(database, self.hub, self.acquires, ForwardPolicies(database), clock, allow_legacy)
         self._handlers: dict[int, Callable[[Client, Message], None]] = {
             MessageType.GETSPI: self.sadb.getspi,

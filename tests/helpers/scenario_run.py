@@ -238,7 +238,9 @@ def tamper(packet: bytes, what: str) -> bytes:
     else:
         raise ValueError(what)
     if header == 20:
-        ipv4.fix_checksum(changed)
+        head = changed[:20]
+        ipv4.fix_checksum(head)
+        changed[:20] = head
     return bytes(changed)
 
 

@@ -148,7 +148,8 @@ def _scenario(row: dict[str, Any], file: str, words: dict[str, str], known: dict
         file, row["rule"], row.get("policy", ""),
         {name: fill(known[name], words).strip() for name in names},
         {name: fill(known[name], words).strip() for name in peer_names},
-        row.get("knobs", {}), row.get("peer_knobs", {}), steps, words["V"] in [FAMILIES[family]["V"] for family in row.get("kernel", [])],
+        row.get("knobs", {}), row.get("peer_knobs", {}), steps,
+        words["V"] in [FAMILIES[family]["V"] for family in row.get("kernel", [])],
     )  # fmt: skip
 
 

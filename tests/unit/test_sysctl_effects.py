@@ -15,6 +15,8 @@ from ipsecq.sysctl import VARIABLES
 
 TESTS = Path(__file__).parents[1]
 
+KEYS = "unit/pfkey/test_pfkey_server_sa.py"
+
 BY_NAME = {
     "net.enc.in.ipsec_bpf_mask": "unit/engine/test_engine_tap.py::test_a_mask_of_enc_takes_effect_on_a_flow_that_runs",
     "net.enc.out.ipsec_bpf_mask": "gateway/test_enc.py::test_tcpdump_on_enc0_sees_inner_packets_both_ways_under_the_mask",
@@ -26,9 +28,12 @@ BY_NAME = {
     "net.inet6.ipsec6.debug": "unit/datapath/test_droplog.py::test_a_drop_is_logged_with_its_reason_while_debug_is_set",
     "net.key.blockacq_lifetime":
         "unit/engine/test_engine_acquire.py::test_a_pair_is_asked_for_again_after_blockacq_lifetime",
-    "net.key.larval_lifetime": "unit/pfkey/test_pfkey_server_sa.py::test_a_larval_sa_lives_as_long_as_larval_lifetime_says",
-    "net.key.spi_minval": "unit/pfkey/test_pfkey_server_sa.py::test_getspi_without_a_range_keeps_to_spi_minval_and_spi_maxval",
-    "net.key.spi_maxval": "unit/pfkey/test_pfkey_server_sa.py::test_getspi_without_a_range_keeps_to_spi_minval_and_spi_maxval",
+    "net.key.larval_lifetime":
+        f"{KEYS}::test_a_larval_sa_lives_as_long_as_larval_lifetime_says",
+    "net.key.spi_minval":
+        f"{KEYS}::test_getspi_without_a_range_keeps_to_spi_minval_and_spi_maxval",
+    "net.key.spi_maxval":
+        f"{KEYS}::test_getspi_without_a_range_keeps_to_spi_minval_and_spi_maxval",
 }  # fmt: skip
 """Variables that rows have no words for: filters, logs, captures, key management."""
 

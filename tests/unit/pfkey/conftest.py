@@ -11,6 +11,7 @@ from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.server import PfkeyServer
 from ipsecq.secret import Key
+from ipsecq.sysctl import Sysctl
 
 A, B = bytes((10, 0, 0, 1)), bytes((10, 0, 0, 2))
 A6, B6 = bytes(15) + b"\x01", bytes(15) + b"\x02"
@@ -22,7 +23,10 @@ class Bench:
     def __init__(self):
         self.now = 1_700_000_000.0
         self.database = MemoryDatabase()
-        self.server = PfkeyServer(self.database, lambda: self.now, random.Random(1).randrange)
+        self.sysctl = Sysctl()
+        self.server = PfkeyServer(
+            self.database, lambda: self.now, random.Random(1).randrange, knobs=self.sysctl.key
+        )
         self.dialects, self.inbox = {}, {}
 
     def open(self, client=1, dialect=Dialect.LINUX, privileged=True):

@@ -276,3 +276,23 @@ def test_ah_and_ipcomp_sas_need_what_they_need(bench, make):
     assert bench.database.sad.get(make.B, Protocol.IPCOMP, 0x1000).compression == "deflate"
     ipcomp.sa = Sa(0x20000, 0, 1, 0, 2)
     assert bench.one(ipcomp).errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("seconds", [5, 90])
+def test_a_larval_sa_lives_as_long_as_larval_lifetime_says(bench, make, seconds):
+    bench.sysctl.set("net.key.larval_lifetime", seconds)
+    bench.one(getspi(make))
+    bench.now += seconds - 1
+    bench.server.tick()
+    assert len(bench.database.sad) == 1
+    bench.now += 1
+    bench.server.tick()
+    assert not len(bench.database.sad)
+
+
+def test_getspi_without_a_range_keeps_to_spi_minval_and_spi_maxval(bench, make):
+    bench.sysctl.set("net.key.spi_minval", 0x5000)
+    bench.sysctl.set("net.key.spi_maxval", 0x5007)
+    assert {bench.one(getspi(make)).sa.spi for _ in range(8)} == set(range(0x5000, 0x5008))
+    assert bench.one(getspi(make)).errno == errno.ENOENT
+    assert bench.one(getspi(make, 0x100, 0x1FF)).errno == 0
