@@ -74,3 +74,17 @@ def test_the_dashboard_is_one_that_grafana_can_lay_out():
         assert not taken & cells, panel["title"]
         taken |= cells
     assert "$datasource" not in json.dumps(DASHBOARD).replace("${datasource}", "")
+
+
+DOC = (CONTRIB.parent / "docs" / "monitoring.md").read_text()
+
+
+def test_the_guide_names_every_alert_and_every_event():
+    alerts = re.findall(r"alert: (\S+)", (PROMETHEUS / "alerts.yml").read_text())
+    assert [alert for alert in alerts if f"`{alert}`" not in DOC] == []
+    source = "".join(path.read_text() for path in (CONTRIB.parent / "ipsecq" / "daemon").glob("*.py"))
+    told = r"""(?:publish|publish_limited|observer|delete_sa)\([^")]*"([a-z_]+)(?::\w+)?\""""
+    events = set(re.findall(told, source)) | set(re.findall(r'"event": "([a-z_]+)"', source))
+    events |= set(re.findall(r'"(tunnel_\w+|worker_(?:up|down))"', source))
+    assert {"hello", "sa_added", "sa_expired", "acquire", "drops", "lost", "tunnel_down", "reload"} <= events
+    assert [event for event in sorted(events) if f"`{event}`" not in DOC] == []
