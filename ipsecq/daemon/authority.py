@@ -70,6 +70,8 @@ class Authority:
         self._batch = Batch()
         self._uses: dict[int, int] = {}
         """Slot → how many SAs have it, those included that some worker may still know."""
+        self._marks = 0
+        """Points in the stream of operations at which a new worker's whole state was taken."""
         self._sweep: list[SecurityAssociation] = []
         self._rekey_grace = rekey_grace
         self._leaving: dict[SaKey, tuple[float, SecurityAssociation]] = {}
@@ -119,10 +121,19 @@ class Authority:
         self._batch.moving = batch.moving + self._batch.moving
 
     def whole_state(self) -> Iterable[Operation]:
-        """Operations that bring an empty replica to now."""
+        """Operations that bring an empty replica to now.
+
+        What has collected for the next batch is in them: the replica passes over it, up to the mark that is set here.
+        Told once more how all came about, it would have policies and SAs of equal rank in another order.
+        """
+        mark = 0
+        if self._operations:
+            self._marks += 1
+            mark = self._marks
+            self._operations.append(("mark", mark))
         for name, value in self.sysctl.all().items():
             yield ("sysctl", name, value)
-        for sa in self.sad:
+        for sa in self.sad.in_order():
             if sa.slot >= 0:
                 yield ("sa_put", sa)
             elif sa.state is SaState.LARVAL:
@@ -131,6 +142,8 @@ class Authority:
             yield ("sa_put", sa)
             yield ("sa_withdraw", *key)
         yield ("spd_replace", self.spd.dump())
+        if mark:
+            yield ("until_mark", mark)
 
     # -- SAs ---------------------------------------------------------------------------------------------------------
 

@@ -17,12 +17,13 @@ Operations, by name (first item of the tuple) and arguments:
     tap_attach NUMBER REQUEST      a capture begins (:class:`ipsecq.daemon.tap.TapRequest`), and
     tap_detach NUMBER              ends
     mirror BOOL                    outbound packets are to be seen on the enc device
+    until_mark N               what follows, up to ``mark N``, is in these tables already: pass over it
+    mark N
     stop
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +36,9 @@ from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
+_TABLES = frozenset(
+    {"sa_put", "sa_delete", "sa_larval", "sa_state", "sa_withdraw", "spd_replace", "spd_put", "spd_delete", "sysctl"}
+)
 _USEFUL = frozenset({"sa_put", "spd_replace", "spd_put", "spd_delete", "sysctl"})
 """Operations after which a packet that waits may find its way."""
 
@@ -55,6 +59,8 @@ class Replica:
         """Captures (None: one that ended) that began before the datapath was there."""
         self.on_tap: Callable[[int, Any], Any] = self.taps.__setitem__
         self.stopping = False
+        self._mark = 0
+        """Operations on tables are passed over until this one comes."""
         self._operations: dict[str, Callable[..., None]] = {
             "sa_put": self._sa_put,
             "sa_larval": self._sa_larval,
@@ -71,6 +77,8 @@ class Replica:
             "tap_attach": self._tap_attach,
             "tap_detach": self._tap_attach,
             "mirror": self._mirror,
+            "until_mark": self._until_mark,
+            "mark": self._passed,
             "stop": self._stop,
         }
 
@@ -81,9 +89,18 @@ class Replica:
             operation = self._operations.get(name)
             if operation is None:
                 raise DaemonError(f"unknown operation {name!r}: supervisor and worker differ in version")
+            if self._mark and name in _TABLES:
+                continue
             operation(*arguments)
             useful = useful or name in _USEFUL
         return useful
+
+    def _until_mark(self, number: int) -> None:
+        self._mark = number
+
+    def _passed(self, number: int) -> None:
+        if self._mark == number:
+            self._mark = 0
 
     def _sa_larval(self, dst: bytes, protocol: int, spi: int) -> None:
         self.larval.add((dst, protocol, spi))
@@ -114,11 +131,6 @@ class Replica:
         self.spd.replace_all(policies)
 
     def _spd_put(self, policy: Policy) -> None:
-        with contextlib.suppress(SpdError):
-            held = self.spd.get(policy.id)
-            if (held.direction, held.selector) != (policy.direction, policy.selector):
-                # A worker that began with the whole state is told once more how it came about, and ids are given again.
-                self.spd.delete_id(policy.id)
         self.spd.update(policy)
 
     def _spd_delete(self, policy_id: int) -> None:

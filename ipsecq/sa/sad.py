@@ -171,6 +171,11 @@ class Sad:
         """Return the SAs in the order in which they were added: a snapshot that later changes don't disturb."""
         return [sa for sa in self._by_key.values() if protocol is None or sa.protocol == protocol]
 
+    def in_order(self) -> list[SecurityAssociation]:
+        """Return every SA, those that may send in the order in which they became usable: a copy is built in it."""
+        usable = [sa for key, bucket in self._outbound.items() if not key[3] for sa in bucket.values()]
+        return usable + [sa for sa in self._by_key.values() if not _usable(sa)]
+
     def expired_larval(self, now: float, lifetime: float) -> list[SecurityAssociation]:
         """Remove and return the larval SAs older than ``lifetime`` seconds (``net.key.larval_lifetime``)."""
         gone = [

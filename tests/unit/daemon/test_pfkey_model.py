@@ -263,6 +263,10 @@ class Machine(RuleBasedStateMachine):
             found = worker.sad.outbound(at[1], sa.mode, sa.src, at[0], sa.reqid)
             assert found is None or tuple(found.key) in live
             assert (found is not None) == self.model.successor((*at[:2], None), sa)
+            for oldest in (True, False):
+                found = worker.sad.outbound(at[1], sa.mode, sa.src, at[0], sa.reqid, oldest=oldest)
+                original = self.authority.sad.outbound(at[1], sa.mode, sa.src, at[0], sa.reqid, oldest=oldest)
+                assert (found and found.key) == (original and original.key)
         self.check_spd(worker.spd)
         assert [replace(each) for each in worker.spd.dump()] == self.authority.spd.dump()
 

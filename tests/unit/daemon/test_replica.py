@@ -42,6 +42,14 @@ def test_hooks_and_stop():
     assert replica.stopping
 
 
+def test_what_a_new_worker_has_already_is_passed_over_up_to_the_mark():
+    replica = Replica()
+    replica.apply([("sa_put", sa(1, reqid=9)), ("until_mark", 4)])
+    replica.apply([("sa_put", sa(1, reqid=7)), ("mark", 3), ("sa_delete", b"\2\2\2\2", 50, 1), ("mark", 4)])
+    replica.apply([("sa_put", sa(2))])
+    assert [(each.spi, each.reqid) for each in replica.sad] == [(1, 9), (2, 0)]
+
+
 def test_another_versions_operation_is_an_error_not_a_guess():
     with pytest.raises(DaemonError, match="unknown operation 'teleport'"):
         Replica().apply([("teleport", 1)])
