@@ -156,6 +156,8 @@ class Offload(IntFlag):
     """TCP super-packets come whole from the queue."""
     COALESCE = 2
     """Runs of decapsulated TCP segments enter the stack as one packet."""
+    UDP_SEGMENT = 4
+    """ESP in UDP leaves in bursts, many datagrams in one system call."""
 
 
 COUNTERS_WORDS: Final = 256

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ipsecq.daemon.options import LogConfig
+from ipsecq.datapath.udp import UdpSocket
 from ipsecq.errors import DaemonError
 
 Operation = tuple[Any, ...]
@@ -44,6 +45,10 @@ class WorkerSetup:
     mark_stolen: int
     enc_device: str
     coalesce: bool
+    udp: tuple[UdpSocket, ...]
+    """Inherited sockets for bursts of ESP in UDP; empty: no bursts."""
+    udp_port: int
+    """The source port that our table gives to what they send."""
     log: LogConfig
     journal: bool
 

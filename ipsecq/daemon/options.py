@@ -167,7 +167,13 @@ class OffloadConfig:
         restart=True,
     )
     coalesce: bool = _option(
-        True, "Give runs of decapsulated TCP segments to the kernel as one packet.", restart=True
+        True, "Give runs of decapsulated TCP segments, and of equal datagrams, to the kernel as one packet.", restart=True
+    )
+    udp_segment: bool = _option(
+        True,
+        "Send ESP in UDP in bursts, many datagrams in one system call, where the kernel can (UDP_SEGMENT). They leave "
+        "from sockets of our own; our table makes their source port the first of natt_ports.",
+        restart=True,
     )
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from ipsecq.daemon import blocked
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.log import LOGGER
 from ipsecq.daemon.sampling import History
+from ipsecq.datapath.udp import UdpSockets
 from ipsecq.errors import DaemonError, NetfilterError
 from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.links import LinkWatcher
@@ -60,6 +62,10 @@ class Ruleset:
             missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
             raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
         settings = can.adapt(self._config.netfilter())
+        # The rules name the ports of these sockets, so they come first.
+        self.udp = UdpSockets(settings.mark_done, wanted=self._config.offload.udp_segment and bool(settings.natt_ports))
+        stack.callback(self.udp.close)
+        settings = replace(settings, udp_ports=self.udp.ports)
         self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)
         if not can.owner:
             log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")

@@ -146,7 +146,7 @@ class Supervisor:
             pages,
             self._queues,
             {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
-            [lock.descriptor],
+            [lock.descriptor, *self.ruleset.udp.descriptors],
             self._first_state,
             self._report,
         )
@@ -355,7 +355,8 @@ class Supervisor:
             self._queues(index)[: settings.lanes],
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
             settings.mark_done, settings.mark_stolen, self.config.nftables.enc_device,
-            self.config.offload.coalesce, self.config.log, self._journal,
+            self.config.offload.coalesce, tuple(self.ruleset.udp.sockets), settings.natt_ports[0], self.config.log,
+            self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), *self.taps.operations()]
 

@@ -34,6 +34,7 @@ from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
 from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
+from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
 from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.engine.outbound import Outbound
@@ -142,6 +143,7 @@ class Worker:
         if queue.blind:
             log.warning("%s: packets that the kernel drops are not counted; be root or in group root", queue.blind)
         output = RawOutput(setup.mark_done)
+        udp = UdpOutput(setup.udp) if setup.udp else None
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
         mirror = mirror_socket(setup.enc_device)
@@ -150,7 +152,7 @@ class Worker:
         replica = self._replica
         tables = Tables(
             replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom,
-            larval=replica.larval,
+            larval=replica.larval, burst_ports=frozenset({setup.udp_port} if setup.udp else ()),
         )  # fmt: skip
         counters = cast("MutableSequence[int]", self._counters)
         outbound = Outbound(tables, path_mtu.mtu_of, path_mtu.source_for)
@@ -172,6 +174,7 @@ class Worker:
             lanes=lanes,
             plain_queue=plain_queue,
             taps=taps,
+            udp=udp,
         )
 
         def on_tap(number: int, request: Any) -> None:
@@ -201,7 +204,7 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (taps, mirror, queue, *lanes, plain_queue, output, enc0):
+            for part in (taps, mirror, queue, *lanes, plain_queue, output, udp, enc0):
                 if part is not None:
                     part.close()
 

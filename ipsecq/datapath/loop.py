@@ -21,12 +21,13 @@ from ipsecq.datapath.inward import FORWARD, InboundEngine, Inward
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.output import RawOutput
+from ipsecq.datapath.outward import Outward
 from ipsecq.datapath.queue import Queue
 from ipsecq.datapath.tap import Taps
+from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
-from ipsecq.packet.fragments import fragment
 
 log: Final = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ LOG_INTERVAL: Final = 10.0
 
 _UNFINISHED: Final = NFQA_SKB_CSUMNOTREADY | NFQA_SKB_GSO
 _BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
-_DF: Final = 0x40
 
 
 class Engine(Protocol):
@@ -89,6 +89,7 @@ class WorkerLoop:
         lanes: Sequence[Queue] = (),
         plain_queue: Queue | None = None,
         taps: Taps | None = None,
+        udp: UdpOutput | None = None,
     ) -> None:
         """Join the parts.
 
@@ -96,9 +97,11 @@ class WorkerLoop:
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
         ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
-        we cannot; without one they are dropped.  ``taps`` watch the engines.
+        we cannot; without one they are dropped.  ``taps`` watch the engines.  ``udp`` sends bursts; without one they go
+        through ``output``.
         """
-        self._output, self._enc0 = output, enc0
+        self._enc0 = enc0
+        self._outward = Outward(output, udp, enc0, path_mtu, counters)
         self._engine_out, self._engine_in = engine_out, engine_in
         self._counters = counters
         self._mark_stolen = mark_stolen
@@ -114,14 +117,15 @@ class WorkerLoop:
         self._emit = Emissions()
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
         self._stopping = False
-        self._identification = 0
         self._next_tick = 0.0
         self._queues = [queue, *lanes] if plain_queue is None else [queue, *lanes, plain_queue]
         self._active = queue
         """The queue whose batch is in hand."""
         self._losses, self._refused = self._lost(), (0, 0)
-        counters[Counter.OFFLOADS] = (Offload.GSO if queue.gso else 0) | (
-            Offload.COALESCE if enc0 is not None and enc0.coalescing else 0
+        counters[Counter.OFFLOADS] = (
+            (Offload.GSO if queue.gso else 0)
+            | (Offload.COALESCE if enc0 is not None and enc0.coalescing else 0)
+            | (Offload.UDP_SEGMENT if udp is not None else 0)
         )
         self._next_log = 0.0
 
@@ -283,7 +287,7 @@ class WorkerLoop:
             self._divert(cookie, packet, whole=True)
         elif fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
-            if len(self._emit.wire) >= BURST:
+            if self._emit.bursts or len(self._emit.wire) >= BURST:
                 # The far end has a queue, too, and the sooner it starts the better.
                 self._active.flush()
                 self._send()
@@ -320,16 +324,11 @@ class WorkerLoop:
 
     def _send(self) -> None:
         """Everything that a batch emitted: datagrams, decapsulated packets, events."""
-        emit, counters = self._emit, self._counters
-        wire = emit.wire
-        if wire:
-            sent = self._output.send(wire)
-            if sent != len(wire):
-                if self._output.too_big:
-                    sent += self._send_fragments(self._output.too_big)
-                counters[Counter.SEND_FAILED] += len(wire) - sent
+        emit = self._emit
+        if emit.wire or emit.bursts:
+            self._outward.send(emit)
         if emit.inner or emit.runs:
-            self._inject()
+            self._outward.inject(emit)
         if emit.events:
             for event in emit.events:
                 if isinstance(event, PathMtuLearned):
@@ -339,35 +338,6 @@ class WorkerLoop:
         emit.clear()
         if self._taps is not None and self._taps.sinks:
             self._taps.flush()
-
-    def _inject(self) -> None:
-        """Give the decapsulated packets to the kernel, in their order."""
-        emit, counters, enc0 = self._emit, self._counters, self._enc0
-        count, taken = len(emit.inner) + sum([run.number for _, run in emit.runs]), 0
-        if enc0 is not None:
-            before = enc0.coalesced
-            taken = enc0.write_all(emit.inner, emit.runs)
-            counters[Counter.COALESCED] += enc0.coalesced - before
-        counters[Counter.INJECT_FAILED] += count - taken
-
-    def _send_fragments(self, datagrams: list[bytes]) -> int:
-        """Send what a device's MTU refused, in pieces: the MTU shrank since it was asked.  Returns datagrams sent.
-
-        A datagram that must not be fragmented is lost, and the next one finds the new MTU.
-        """
-        self._path_mtu.invalidate()
-        sent = 0
-        for datagram in datagrams:
-            version4 = datagram[0] < 0x60
-            if version4 and datagram[6] & _DF:
-                continue
-            mtu = self._path_mtu.mtu_of(datagram[16:20] if version4 else datagram[24:40])
-            self._identification = (self._identification + 1) & 0xFFFFFFFF
-            pieces = fragment(datagram, mtu, self._identification)
-            if len(pieces) > 1 and self._output.send(pieces) == len(pieces):
-                sent += 1
-                self._counters[Counter.OUT_FRAGMENTED] += 1
-        return sent
 
     # -- packets that wait -----------------------------------------------------------------------------------
 

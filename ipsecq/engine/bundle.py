@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ipsecq.counters import Counter
-from ipsecq.engine.emit import Emissions
+from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import split
@@ -50,7 +50,7 @@ class Bundle:
 
     def apply_run(
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
-    ) -> tuple[list[bytes], int]:
+    ) -> tuple[list[bytes] | list[Burst], int]:
         """The finished datagrams of a super-packet's segments of ``size`` octets of data, in order, and 0.
 
         Or those up to the first drop, and its Counter.

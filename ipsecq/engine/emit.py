@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from struct import Struct
+from typing import Final, NamedTuple
 
+from ipsecq.numbers import IPPROTO_UDP
+from ipsecq.packet import ipv4, ipv6
+from ipsecq.packet.checksum import complete
 from ipsecq.packet.coalesce import Run
+
+UDP_HEADER: Final = 8
+_ports: Final = Struct(">HHHH").pack
 
 
 class Acquire(NamedTuple):
@@ -49,6 +56,44 @@ class PeerMoved(NamedTuple):
 Event = Acquire | Expired | PathMtuLearned | PeerMoved
 
 
+class Burst(NamedTuple):
+    """Datagrams of ESP in UDP that a UDP socket sends in one call, as the kernel takes them apart itself."""
+
+    src: bytes
+    dst: bytes
+    sport: int
+    dport: int
+    tos: int
+    df: bool
+    flow_label: int
+    identification: int
+    """For those who have to make the datagrams one by one."""
+    size: int
+    """Octets of UDP data in each datagram; the last one may have fewer."""
+    number: int
+    data: bytes
+
+    def datagrams(self) -> list[bytes]:
+        """The finished IP datagrams."""
+        made = []
+        for index in range(self.number):
+            piece = self.data[index * self.size : (index + 1) * self.size]
+            length = len(piece) + UDP_HEADER
+            udp = b"".join((_ports(self.sport, self.dport, length, 0), piece))
+            if len(self.dst) == 4:
+                identification = self.identification + index & 0xFFFF
+                header = ipv4.header(
+                    self.src, self.dst, IPPROTO_UDP, length, tos=self.tos, identification=identification, df=self.df
+                )
+                made.append(header + udp)
+                continue
+            header = ipv6.header(
+                self.src, self.dst, IPPROTO_UDP, length, traffic_class=self.tos, flow_label=self.flow_label
+            )
+            made.append(complete(header + udp))
+        return made
+
+
 class Emissions:
     """Datagrams and events of a batch; the caller empties it with :meth:`clear` after it has sent them.
 
@@ -56,12 +101,14 @@ class Emissions:
     ``inner`` decapsulated packets for the local stack, ``held`` what the last packet with ``Fate.HOLD`` waits for: an
     :class:`Acquire`, or the key of a larval SA.  ``runs`` holds decapsulated packets that are already put together,
     each with the number of packets of ``inner`` that come before it.
+    ``bursts`` holds more for the network, each with the number of datagrams of ``wire`` that go before it.
     """
 
-    __slots__ = ("events", "held", "inner", "runs", "wire")
+    __slots__ = ("bursts", "events", "held", "inner", "runs", "wire")
 
     def __init__(self) -> None:
         self.wire: list[bytes] = []
+        self.bursts: list[tuple[int, Burst]] = []
         self.inner: list[bytes] = []
         self.runs: list[tuple[int, Run]] = []
         self.events: list[Event] = []
@@ -70,6 +117,7 @@ class Emissions:
     def clear(self) -> None:
         """Forget everything; the lists stay the same objects."""
         self.wire.clear()
+        self.bursts.clear()
         self.inner.clear()
         self.runs.clear()
         self.events.clear()

@@ -69,6 +69,11 @@ class OuterHeader:
             0x45, tos, length, identification, df, TUNNEL_TTL, self._protocol, checksum, self._src, self._dst
         )
 
+    def fields(self, tos: int, inner_df: bool, flow_label: int, sequence: int) -> tuple[int, bool, int, int]:
+        """What :meth:`build` would write: TOS, DF, flow label, identification."""
+        df = self._dfbit == 1 or (self._dfbit == 2 and inner_df)
+        return tos & self._tos_mask, df, flow_label, self._identification + sequence & 0xFFFF
+
     def build_run(
         self, count: int, payload: int, last: int, tos: int, inner_df: bool, flow_label: int, first: int, room: int
     ) -> npt.NDArray[np.uint8]:

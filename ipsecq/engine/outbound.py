@@ -150,7 +150,11 @@ class Outbound:
             if decision.sealed_length(header + size, view.header_length) > self._mtu_of(decision.dst):
                 return -1
             finished, fate = decision.apply_run(packet, view, size, now, emit)
-            emit.wire.extend(finished)
+            for each in finished:
+                if isinstance(each, bytes):
+                    emit.wire.append(each)
+                else:
+                    emit.bursts.append((len(emit.wire), each))
             if finished:
                 if fate:
                     counters[fate] += count - len(finished)

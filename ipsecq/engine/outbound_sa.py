@@ -6,6 +6,7 @@ Each step takes the datagram that the step before it made and returns the next o
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import Struct
 from typing import Final, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from ipsecq.counters import Counter
 from ipsecq.crypto import cipher
 from ipsecq.engine.accounting import Account
-from ipsecq.engine.emit import Emissions
+from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.headers import OuterHeader, own_header
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
@@ -45,6 +46,13 @@ _IPCOMP_THRESHOLD: Final = int(Counter.IPCOMP_THRESHOLD)
 _IPCOMP_UNCOMPR: Final = int(Counter.IPCOMP_UNCOMPR)
 
 
+MAX_BURST: Final = 64
+"""Datagrams in one burst (UDP_MAX_SEGMENTS before Linux 6.9)."""
+MAX_BURST_OCTETS: Final = 65535 - 48
+_head: Final = Struct(">IIQ").pack
+"""SPI, low sequence number, IV."""
+
+
 class OutboundStep(Protocol):
     """What a bundle asks of each of its SAs."""
 
@@ -56,7 +64,7 @@ class OutboundStep(Protocol):
 
     def apply_run(
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
-    ) -> list[bytes] | None:
+    ) -> list[bytes] | list[Burst] | None:
         """The datagrams of a super-packet's segments with ``size`` octets of data each; None: one by one, please."""
 
     def sealed_length(self, length: int, header: int) -> int:
@@ -95,15 +103,16 @@ class EspStep:
         self._udp = natt.HEADER_LENGTH if sa.natt else 0
         self._protocol = IPPROTO_UDP if sa.natt else int(IpsecProtocol.ESP)
         self._outer = outer_header(sa, self._protocol, tables) if tunnel else None
-        # UDP's checksum, which IPv6 needs, and TFC padding are not made for runs.
-        plain = tunnel and not sa.tfc_pad and not (sa.natt and len(sa.dst) == 16)
+        self._bursts = sa.natt is not None and sa.natt.sport in tables.burst_ports
+        # UDP's checksum, which IPv6 needs (the kernel makes it for bursts), and TFC padding are not made for runs.
+        plain = tunnel and not sa.tfc_pad and (self._bursts or not (sa.natt and len(sa.dst) == 16))
         self._seal_run: Callable[[int, int, list[Buffer], bool], list[bytes]] | None = (
             getattr(built, "seal_run", None) if plain else None
         )
 
     def apply_run(
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
-    ) -> list[bytes] | None:
+    ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  One decision, one account and one array of headers for all segments."""
         outer, seal_run, transform = self._outer, self._seal_run, self._transform
         if outer is None or seal_run is None:
@@ -129,12 +138,37 @@ class EspStep:
         at = (count - 1) * width
         plaintexts.append(octets[at : at + last + len(final)])
         sealed = seal_run(self.sa.spi, first, plaintexts, self.sa.esn)
-        blob, width = self._heads(outer, view, first, count, full, last)
         counters = self._counters
         counters[_ESP_TUNNEL] += count
         counters[_ESP_OUTPUT] += count
         counters[_ESP_OBYTES] += inner
+        if self._bursts:
+            return self._in_bursts(outer, view, first, sealed)
+        blob, width = self._heads(outer, view, first, count, full, last)
         return [blob[at : at + width] + body for at, body in zip(range(0, count * width, width), sealed, strict=True)]
+
+    def _in_bursts(self, outer: OuterHeader, view: PacketView, first: int, sealed: list[bytes]) -> list[Burst]:
+        """Sealed packets, all of one length but the last, which may be shorter; their numbers count from ``first``."""
+        sa, ports = self.sa, self.sa.natt
+        if ports is None:
+            return []
+        spi, size = sa.spi, len(sealed[0]) + 16
+        most = min(MAX_BURST, MAX_BURST_OCTETS // size)
+        bursts: list[Burst] = []
+        for start in range(0, len(sealed), most):
+            number = first + start
+            parts: list[bytes] = []
+            for body in sealed[start : start + most]:
+                parts += (_head(spi, number & 0xFFFFFFFF, number), body)
+                number += 1
+            tos, df, label, identification = outer.fields(view.tos, view.dont_fragment, view.flow_label, first + start)
+            bursts.append(
+                Burst(
+                    sa.src, sa.dst, ports.sport, ports.dport, tos, df, label, identification, size,
+                    len(parts) >> 1, b"".join(parts),
+                )
+            )  # fmt: skip
+        return bursts
 
     def _heads(
         self, outer: OuterHeader, view: PacketView, first: int, count: int, full: int, last: int

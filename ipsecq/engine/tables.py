@@ -37,6 +37,8 @@ class Tables:
     """UDP destination ports on which ESP arrives; captures show those of the far side of a NAT, too."""
     unauthenticated: bool = False
     """Open ESP whose separate authentication key is missing.  For captures only: never true on a gateway."""
+    burst_ports: frozenset[int] = frozenset()
+    """Local UDP ports from which ESP may leave in bursts (:class:`ipsecq.engine.emit.Burst`)."""
     larval: Set[tuple[bytes, int, int]] = frozenset()
     """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
 

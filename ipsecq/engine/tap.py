@@ -11,7 +11,7 @@ from struct import Struct
 from typing import Final, Protocol
 
 from ipsecq.crypto import registry
-from ipsecq.engine.emit import Emissions
+from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.headers import own_header
 from ipsecq.engine.history import History
 from ipsecq.engine.inbound_sa import InboundSa, Opened
@@ -150,11 +150,12 @@ class _Step:
 
     def apply_run(
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
-    ) -> list[bytes] | None:
+    ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  A super-packet is shown as the one packet that the kernel handed over."""
         run = self._step.apply_run(packet, view, size, now, emit)
         if run:
-            self._show(packet, view, run[0])
+            first = run[0]
+            self._show(packet, view, first if isinstance(first, bytes) else first.datagrams()[0])
         return run
 
     def _show(self, packet: Buffer, view: PacketView, result: bytes) -> None:

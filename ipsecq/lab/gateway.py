@@ -56,6 +56,8 @@ class Tunnel:
     versions: Sequence[int] = (4, 6)
     spi: int = 0x1000
     replay_octets: int = 32
+    udp: bool = False
+    """ESP in UDP."""
     hidden: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """(site number, IP version) to the address that stands for its LAN inside the tunnel, after source NAT."""
     lines: list[str] = field(default_factory=list)
@@ -64,8 +66,9 @@ class Tunnel:
     def __post_init__(self) -> None:
         for version in self.versions:
             for near, far in (self.network.sites, self.network.sites[::-1]):
+                protocol = "esp-udp" if self.udp else "esp"
                 self.lines.append(
-                    f"add {near.wan(version)} {far.wan(version)} esp 0x{self.spi_from(near, version):x} -m tunnel"
+                    f"add {near.wan(version)} {far.wan(version)} {protocol} 0x{self.spi_from(near, version):x} -m tunnel"
                     f" -r {self.replay_octets} {self.algorithm.keys()};"
                 )
 

@@ -69,12 +69,11 @@ class Plain:
 
 
 class Ipsecq:
-    """Two ``ipsecq run`` daemons with an AES-GCM tunnel."""
+    """Two ``ipsecq run`` daemons with an AES-GCM tunnel, plain ESP or ESP in UDP."""
 
-    name = "ipsecq"
-
-    def __init__(self, workers: int = 2) -> None:
-        self.workers = workers
+    def __init__(self, workers: int = 2, *, udp: bool = False) -> None:
+        self.workers, self.udp = workers, udp
+        self.name = "ipsecq, ESP in UDP" if udp else "ipsecq"
 
     def missing(self) -> str:
         """Never."""
@@ -88,7 +87,7 @@ class Ipsecq:
     def up(self) -> Iterator[Network]:
         """Both daemons are ready."""
         with _network() as network:
-            both_gateways(network, Tunnel(network, AES_GCM), workers=self.workers)
+            both_gateways(network, Tunnel(network, AES_GCM, udp=self.udp), workers=self.workers)
             yield network
 
 
@@ -169,4 +168,4 @@ class WireguardGo:
 
 def all_paths(workers: int = 2) -> list[Path]:
     """Every path, the yardsticks around ipsecq."""
-    return [Plain(), Ipsecq(workers), Naive(), WireguardGo(), StrongswanLibipsec(LAN_MTU)]
+    return [Plain(), Ipsecq(workers), Ipsecq(workers, udp=True), Naive(), WireguardGo(), StrongswanLibipsec(LAN_MTU)]

@@ -201,7 +201,8 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
     )  # fmt: skip
     offloads = GaugeMetricFamily(
         "ipsecq_offload_active",
-        "1: in use. gso: TCP super-packets come whole; coalesce: decapsulated segments are put together.",
+        "1: in use. gso: TCP super-packets come whole; coalesce: decapsulated segments are put together; "
+        "udp_segment: ESP in UDP leaves in bursts.",
         labels=["worker", "offload"],
     )
     latency = HistogramMetricFamily(

@@ -5,6 +5,7 @@ A packet's way through the table::
     prerouting  -250  enc0 → accept (see ``inner.py``) · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
                       of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery →
                       accept · inbound policies (clear packets only) · default policy
+    output      -250  ESP in UDP from our own sockets gets the NAT-T port
     postrouting  150  ours, neighbour discovery → accept · outbound policies → guard → worker · default policy
     egress            (netdev, each guarded device) what was replaced → drop
 
@@ -193,6 +194,8 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
     yield from _spi_chain(settings)
     yield from _prerouting(settings)
     yield from _postrouting(settings)
+    if settings.udp_ports:
+        yield from _output(settings)
 
 
 def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
@@ -249,6 +252,15 @@ def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
         yield '  oif "lo" accept'
     yield from exempt(settings)
     yield from policy_jumps("out")
+
+
+def _output(settings: NetfilterSettings) -> Iterator[str]:
+    """What our sockets send comes from the NAT-T port, which belongs to IKE: so says every hook behind this one."""
+    ports = ", ".join(map(str, settings.udp_ports))
+    yield "chain output {"
+    yield "  type filter hook output priority -250; policy accept;"
+    yield f"  {settings.done} udp sport {{ {ports} }} udp sport set {settings.natt_ports[0]}"
+    yield "}"
 
 
 def exempt(settings: NetfilterSettings) -> Iterator[str]:

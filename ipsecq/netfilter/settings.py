@@ -30,6 +30,8 @@ class NetfilterSettings:
     enc_device: str = "enc0"
     natt_ports: tuple[int, ...] = (NATT_PORT,)
     """Local UDP ports that carry ESP (RFC 3948)."""
+    udp_ports: tuple[int, ...] = ()
+    """Local ports of our own sockets that send ESP in UDP; what leaves from them gets the first of ``natt_ports``."""
     queue_bypass: bool = False
     """Fail open for *every* policy: queue statements say ``bypass``.  ``Policy.fail_open`` does it for one."""
     loopback: bool = False

@@ -292,3 +292,41 @@ def test_a_super_packet_with_a_gap_is_left_to_the_kernel_untouched(gap):
     assert not inbound.process_super(tcp(4, 5000), other.now, emit)
     assert (emit.inner, emit.runs) == ([], [])
     assert before == (other.tables.counters.tolist(), other.tables.words.tolist())
+
+
+def bursting(sa: SecurityAssociation, outer: int) -> tuple[Peer, Peer]:
+    """Two senders alike, one of which makes bursts."""
+    out = [policy("out", *LANS[version], f"ipsec esp/tunnel/{'-'.join(OUTER[outer])}/require") for version in (4, 6)]
+    single, bursts = make_peer([sa], out, mtu=1500), make_peer([sa], out, mtu=1500)
+    bursts.tables.burst_ports = frozenset({4500})
+    for peer in (single, bursts):
+        peer.send(udp(*INNER[4], b"first"))  # the decision is made
+        peer.send(tcp(4, 10))
+        peer.send(tcp(6, 10))
+    return single, bursts
+
+
+@pytest.mark.parametrize("kind", ["gcm", "chacha"])
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("size", [1300, 500])
+def test_bursts_are_the_datagrams_that_segments_become_one_by_one(kind, outer, inner, size):
+    single, bursts = bursting(association(kind, outer, natt=NatTraversal(dport=30000)), outer)
+    packet = tcp(inner, 50000, flags=0x18, tos=0x28)
+    wire = [datagram for piece in split(packet, size) for datagram in single.send(piece)[1]]
+    emit = Emissions()
+    assert bursts.outbound.process_super(packet, size, bursts.now, emit) == 1
+    made = [burst for _, burst in emit.bursts]
+    assert emit.wire == []
+    assert sum(burst.number for burst in made) == len(wire)
+    assert all(burst.number <= 64 and len(burst.data) <= 65487 for burst in made)
+    assert [datagram for burst in made for datagram in burst.datagrams()] == wire
+    assert single.tables.counters.tolist()[128:160] == bursts.tables.counters.tolist()[128:160]
+    assert single.tables.words.tolist() == bursts.tables.words.tolist()
+
+
+def test_an_sa_of_another_port_makes_no_bursts():
+    _, bursts = bursting(association("gcm", 4, natt=NatTraversal(sport=4501)), 4)
+    emit = Emissions()
+    assert bursts.outbound.process_super(tcp(4, 50000), 1300, bursts.now, emit) == 1
+    assert (emit.bursts, len(emit.wire)) == ([], 39)
