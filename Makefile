@@ -6,9 +6,11 @@ PREFIX  ?= /opt/ipsecq
 ETC     ?= /etc/ipsecq
 BIN     ?= /usr/local/bin
 UNITS   ?= /etc/systemd/system
+SHARE   ?= /usr/local/share
+DESTDIR ?=
 PYTEST  ?=
 BENCH   ?=
-export PYTHON
+export PYTHON DESTDIR
 
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
@@ -17,7 +19,7 @@ PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
 PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
 PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
 
-.PHONY: help demo test check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install uninstall clean
+.PHONY: help demo test check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install deb uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -93,12 +95,16 @@ docs: ## write the reference pages and the default ipsecq.toml from the program'
 	@$(VENV)/bin/python -m ipsecq.cli.manual docs docs
 	@$(VENV)/bin/python -m ipsecq.metrics.reference >docs/metrics.md
 
-install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), systemd unit (root)
+install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), units, man pages (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)
-	@.ci/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+	@.ci/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)' '$(SHARE)'
+
+deb: ## a Debian package in build/ for this machine's Debian and architecture
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/deb build
 
 uninstall: ## take it away again; /etc/ipsecq and /var/lib/ipsecq stay (root)
-	@.ci/uninstall '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)'
+	@.ci/uninstall '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)' '$(SHARE)'
 
 clean: ## remove the virtual environment and everything generated
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

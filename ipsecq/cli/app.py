@@ -118,7 +118,10 @@ def sysctl(
 
 
 @app.command()
-def nft(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
+def nft(
+    config: ConfigOption = configuration.DEFAULT_PATH,
+    blocked: Annotated[bool, typer.Option("--blocked", help="No queue opened: what policies protect is dropped.")] = False,
+) -> None:
     """Print the nftables ruleset that the configuration means.  Needs neither root nor a daemon."""
     from ipsecq.daemon import content as files  # noqa: PLC0415
     from ipsecq.netfilter.compile import compile_ruleset  # noqa: PLC0415
@@ -128,8 +131,9 @@ def nft(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
     content = files.read(config)
     settings = content.config.netfilter()
     print(compile_ruleset(content.spd.dump(), settings, content.sysctl), end="")
-    print(Loader(settings).queue_statements(), end="")
-    print(InnerTable(settings).whole(content.spd.dump(), content.sysctl, included(settings)), end="")
+    if not blocked:
+        print(Loader(settings).queue_statements(), end="")
+        print(InnerTable(settings).whole(content.spd.dump(), content.sysctl, included(settings)), end="")
 
 
 @app.command()

@@ -162,8 +162,8 @@ def _roff(text: str) -> str:
 def completion(shell: str) -> str:
     """What typer would print for ``ipsecq --show-completion``."""
     environment = {**os.environ, "_IPSECQ_COMPLETE": f"source_{shell}"}
-    program = Path(sys.executable).with_name("ipsecq")
-    done = subprocess.run([program], env=environment, capture_output=True, text=True, check=True)
+    program = "from ipsecq.cli.app import app; app(prog_name='ipsecq')"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip() + "\n"
 
 
