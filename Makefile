@@ -15,14 +15,10 @@ export PYTHON DESTDIR
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
-PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
-PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
-PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
-
-.PHONY: help demo test check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install deb uninstall clean
+PACKAGES_IKE := openiked charon-systemd strongswan-swanctl PACKAGES_WATCH := prometheus chromium fonts-dejavu-core PACKAGES_TEST := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod .PHONY: help demo test test-system check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install deb PACKAGES_SYSTEM qemu-system-x86 mmdebstrap e2fsprogs cpio lintian man-db uninstall clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo '  make test PYTEST="tests/unit -k replay"  passes arguments on to pytest; bench takes BENCH=, all take PYTHON='
 
 demo: ## two gateways and two hosts in network namespaces, real traffic through ESP (root)
@@ -34,6 +30,11 @@ test: ## the whole test suite, linters included (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_TEST)
 	@.ci/need-venv $(VENV) test
 	@$(VENV)/bin/python -m pytest $(PYTEST)
+
+test-system: ## the package on a whole Debian machine in QEMU: install, tunnel to the kernel's IPsec, restart, reboot (root)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_SYSTEM)
+	@.ci/need-venv $(VENV) test
+	@$(VENV)/bin/python -m pytest tests/system $(PYTEST)
 
 check: ## ruff, mypy --strict, and the contract that imports only point down
 	@.ci/need-packages $(PACKAGES_BUILD)

@@ -8,7 +8,6 @@ pair, so nothing in the guest's network has to work for the peer to be controlle
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,11 +15,11 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Final
 
+from ipsecq.lab.agent import Agent
 from ipsecq.lab.netns import LabError, Namespace
 
 KERNEL: Final = "/usr/bin/linux.uml"
@@ -53,15 +52,6 @@ sleep 5
 """
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command in the peer gave back."""
-
-    rc: int
-    out: str
-    err: str
-
-
 def missing() -> str:
     """Why User-Mode Linux cannot run here, or an empty string."""
     if not Path(KERNEL).exists() or not MODULES_DIRECTORY.is_dir():
@@ -71,7 +61,7 @@ def missing() -> str:
     return "" if os.geteuid() == 0 else "needs root"
 
 
-class UmlPeer:
+class UmlPeer(Agent):
     """One booted kernel.  It owns the far end of ``tap`` in ``space``; its own device is called ``eth0``.
 
     Raises LabError with the console's last lines when it doesn't come up or a checked command fails.
@@ -81,7 +71,7 @@ class UmlPeer:
         self.space, self.tap = space, tap
         self.root = space.lab.directory / f"uml-{tap}"
         self.console = self.root / "console"
-        self._buffer = b""
+        self.spawn_log = str(self.root / "run" / "spawned")
         self._files = 0
         self._process: subprocess.Popen[bytes] | None = None
         if why := missing():
@@ -131,32 +121,6 @@ class UmlPeer:
     ) -> None:
         self.close()
 
-    def run(self, *argv: str, check: bool = True, timeout: float = 30.0, stdin: str = "") -> Result:
-        """Run a program in the peer; LabError with its output when ``check`` and it failed."""
-        answer = self._ask({"op": "run", "argv": argv, "stdin": stdin, "timeout": timeout}, timeout + 10)
-        result = Result(answer["rc"], answer["out"], answer["err"])
-        if check and result.rc:
-            raise LabError(f"in the peer: {' '.join(argv)}: exit {result.rc}\n{result.out}{result.err}")
-        return result
-
-    def spawn(self, *argv: str) -> int:
-        """Start a program in the peer's background; its pid there.  :meth:`kill` ends it."""
-        answer = self._ask({"op": "spawn", "argv": argv, "log": str(self.root / "run" / "spawned")}, 10)
-        if answer["rc"]:
-            raise LabError(f"in the peer: {' '.join(argv)}: {answer['err']}")
-        return int(answer["pid"])
-
-    def kill(self, pid: int) -> int:
-        """End a spawned program; its exit status."""
-        return int(self._ask({"op": "kill", "pid": pid}, 15)["rc"])
-
-    def read(self, path: str) -> str:
-        """The text of a file in the peer, such as ``/proc/net/xfrm_stat``."""
-        answer = self._ask({"op": "read", "path": path}, 10)
-        if answer["rc"]:
-            raise LabError(f"in the peer: {path}: {answer['err']}")
-        return str(answer["out"])
-
     def ip(self, *lines: str) -> None:
         """Run many ``ip`` command lines (without the word ``ip``) in one go; LabError at the first that fails."""
         self.run("ip", "-batch", self.file("\n".join(lines) + "\n"), timeout=60)
@@ -201,26 +165,3 @@ class UmlPeer:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-    def _ask(self, request: dict[str, Any], patience: float) -> dict[str, Any]:
-        self._line.settimeout(patience)
-        self._line.sendall(json.dumps(request).encode() + b"\n")
-        return self._receive(patience)
-
-    def _receive(self, patience: float) -> dict[str, Any]:
-        deadline = time.monotonic() + patience
-        while True:
-            while b"\n" in self._buffer:
-                line, self._buffer = self._buffer.split(b"\n", 1)
-                if line.startswith(b"{"):
-                    answer: dict[str, Any] = json.loads(line)
-                    return answer
-            self._line.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                more = self._line.recv(65536)
-            except TimeoutError:
-                more = b""
-            if not more:
-                tail = self.console.read_text(errors="replace")[-2000:] if self.console.exists() else ""
-                raise LabError(f"User-Mode Linux gave no answer within {patience} s; its console:\n{tail}")
-            self._buffer += more
