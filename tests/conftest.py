@@ -33,6 +33,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=no_uml))
 
 
+def pytest_ignore_collect(collection_path, config):
+    """tests/system is `make test-system`: minutes, and a machine in QEMU; it runs when it is asked for."""
+    wanted = any("tests/system" in argument for argument in config.invocation_params.args)
+    return True if collection_path.name == "system" and collection_path.is_dir() and not wanted else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """A test that hangs is a test that fails, and its fixtures still clean up."""
