@@ -1,6 +1,6 @@
 """The rules of the last good start or reload, blocked, as a file: for a boot in which the daemon does not come up.
 
-The systemd unit loads it before it starts the daemon.  A daemon that finds a mistake in its files starts nothing, and
+``ipsecq-nft.service`` loads it before networks come up, ``ipsecq.service`` before each start of the daemon.  A daemon that finds a mistake in its files starts nothing, and
 after a boot nothing would hold back what its policies protect.
 """
 

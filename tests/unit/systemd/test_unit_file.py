@@ -1,4 +1,4 @@
-"""The systemd unit: accepted without a word, exposed no more than promised, and still what the daemon needs."""
+"""The systemd units: accepted without a word, exposed no more than promised, and still what the daemon needs."""
 
 import configparser
 import shutil
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 UNIT = Path(__file__).parents[3] / "systemd" / "ipsecq.service"
+BLOCK = UNIT.with_name("ipsecq-nft.service")
 CI = UNIT.parents[1] / ".ci"
 
 needs_analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
@@ -26,11 +27,20 @@ class Values(dict):
 
 @pytest.fixture(scope="module")
 def unit():
+    return read(UNIT)
+
+
+@pytest.fixture(scope="module")
+def block():
+    return read(BLOCK)
+
+
+def read(path):
     parser = configparser.ConfigParser(
         strict=False, dict_type=Values, interpolation=None, delimiters=("=",), empty_lines_in_values=False
     )
     parser.optionxform = str
-    parser.read(UNIT)
+    parser.read(path)
     return {name: {key: value.split("\n") for key, value in parser[name].items()} for name in parser.sections()}
 
 
@@ -44,13 +54,14 @@ def analyze(tmp_path, *argv, unit="ipsecq.service"):
 @needs_analyze
 @pytest.mark.parametrize("name", sorted(each.name for each in UNIT.parent.glob("*.service")))
 def test_verify_has_nothing_to_say(tmp_path, name):
-    done = analyze(tmp_path, "verify", unit=name)
+    done = analyze(tmp_path, "verify", "--man=no", unit=name)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @needs_analyze
-def test_exposure_is_2_0_at_most(tmp_path):
-    done = analyze(tmp_path, "security", "--no-pager", "--offline=true", "--threshold=20")
+@pytest.mark.parametrize("unit", [UNIT, BLOCK], ids=lambda unit: unit.name)
+def test_exposure_is_2_0_at_most(tmp_path, unit):
+    done = analyze(tmp_path, "security", "--no-pager", "--offline=true", "--threshold=20", unit=unit.name)
     assert done.returncode == 0, done.stdout
 
 
@@ -81,6 +92,22 @@ def test_rules_come_before_the_network_and_after_those_who_flush(unit):
     assert unit["Unit"]["DefaultDependencies"] == ["no"]
 
 
+def test_what_policies_protect_is_blocked_before_any_network_and_before_the_daemon(unit, block):
+    assert "network-pre.target" in " ".join(block["Unit"]["Before"])
+    assert "nftables.service" in " ".join(block["Unit"]["After"])
+    assert block["Unit"]["DefaultDependencies"] == ["no"]
+    assert "ipsecq-nft.service" in " ".join(unit["Unit"]["Wants"])
+    assert "ipsecq-nft.service" in " ".join(unit["Unit"]["After"])
+    assert unit["Install"]["Also"] == ["ipsecq-nft.service"], "enabling one enables both"
+
+
+def test_the_blocking_rules_never_replace_those_of_a_running_daemon(block):
+    assert block["Unit"]["ConditionPathExists"] == ["!/run/ipsecq/control"]
+    assert block["Service"]["RemainAfterExit"] == ["yes"]
+    assert "ExecStop" not in block["Service"], "they stay"
+    assert block["Service"]["CapabilityBoundingSet"] == ["CAP_NET_ADMIN"]
+
+
 def test_a_mistake_in_a_file_is_not_tried_again(unit):
     assert unit["Service"]["Restart"] == ["on-failure"]
     assert unit["Service"]["RestartPreventExitStatus"] == ["2"]
@@ -92,7 +119,7 @@ def test_paths_are_those_of_make_install(unit):
         assert default in makefile
     assert unit["Service"]["ExecStart"] == ["/usr/local/bin/ipsecq run --config /etc/ipsecq/ipsecq.toml"]
     assert "/opt/ipsecq" in unit["Unit"]["RequiresMountsFor"][0]
-    assert "useradd --system --gid ipsecq" in (CI / "install").read_text()
+    assert "useradd --system --gid ipsecq" in (CI / "account").read_text()
 
 
 def test_the_distributions_own_iked_never_runs_beside_ours():
