@@ -15,7 +15,13 @@ export PYTHON DESTDIR
 PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
-PACKAGES_IKE := openiked charon-systemd strongswan-swanctl PACKAGES_WATCH := prometheus chromium fonts-dejavu-core PACKAGES_TEST := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod .PHONY: help demo test test-system check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios docs install deb PACKAGES_SYSTEM qemu-system-x86 mmdebstrap e2fsprogs cpio lintian man-db uninstall clean
+PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
+PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
+PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
+PACKAGES_SYSTEM := $(PACKAGES_LAB) user-mode-linux kmod qemu-system-x86 mmdebstrap e2fsprogs cpio lintian
+
+.PHONY: help demo test test-system check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios \
+	docs install deb uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile

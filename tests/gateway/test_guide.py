@@ -54,8 +54,8 @@ def test_no_commands_hide_in_indented_text():
     """Four spaces are for pictures; commands are fenced, so that they are run."""
     for path in PAGES.values():
         outside = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-        indented = [line for line in outside.splitlines() if line.startswith("    ")]
-        assert all(re.search("[─│┌└├┤]", line) for line in indented), indented
+        indented = re.findall(r"(?:^    .*\n)+", outside, re.MULTILINE)
+        assert [part for part in indented if not re.search("[─│┌└├┤]", part)] == []
 
 
 def test_links_lead_somewhere():
