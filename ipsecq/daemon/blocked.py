@@ -1,7 +1,8 @@
 """The rules of the last good start or reload, blocked, as a file: for a boot in which the daemon does not come up.
 
-``ipsecq-nft.service`` loads it before networks come up, ``ipsecq.service`` before each start of the daemon.  A daemon that finds a mistake in its files starts nothing, and
-after a boot nothing would hold back what its policies protect.
+``ipsecq.service`` loads it before each start of the daemon, ``ipsecq-nft.service`` after a start that failed, before
+networks come up.  A daemon that finds a mistake in its files starts nothing, and after a boot nothing would hold back
+what its policies protect.
 """
 
 from __future__ import annotations
