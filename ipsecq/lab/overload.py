@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from ipsecq.lab.bench import udp_kpps
+from ipsecq.lab.capture import Capture
 from ipsecq.lab.gateway import AES_GCM, Gateway
 from ipsecq.lab.load import Datagrams
 from ipsecq.lab.netns import Lab, LabError, wait_for
@@ -58,13 +59,21 @@ class Report:
     """Process → (before, most) in MiB."""
     lost: float = 0.0
     """Packets that queues had no room for, by the metrics."""
+    forged: float = 0.0
+    """Thousands of forged ESP packets a second that were put on the wire, and how many of them were refused one by one."""
+    refused: float = 0.0
+    quiet_forged: float = 0.0
+    """What of the quiet flow arrives beside them."""
 
     @property
     def problems(self) -> list[str]:
         """Promises that were not kept."""
         found = []
-        if self.quiet < QUIET_SHARE * self.alone:
-            found.append(f"the quiet flow got {self.quiet:.1%} of its datagrams through")
+        for beside, share in (("the flood", self.quiet), ("the forgeries", self.quiet_forged)):
+            if share < QUIET_SHARE * self.alone:
+                found.append(f"the quiet flow got {share:.1%} of its datagrams through beside {beside}")
+        if self.refused == 0:
+            found.append("no forged packet was refused: they did not arrive")
         for what, seconds in (("status", self.status), ("/metrics", self.metrics)):
             if seconds > ANSWER_SECONDS:
                 found.append(f"{what} took {seconds:.2f} s")
@@ -84,6 +93,8 @@ class Report:
             f"{self.capacity:.0f} delivered: {self.offered / max(self.capacity, 0.1):.1f} times the capacity; "
             f"{self.lost:.0f} dropped by full queues",
             f"quiet flow: {self.quiet:.1%} arrived in the flood, {self.alone:.1%} without",
+            f"forged ESP under the flooded SA's SPI: {self.forged:.0f} thousand a second, {self.refused:.0f} of them looked "
+            f"at and refused, the others dropped by its lane; quiet flow: {self.quiet_forged:.1%} arrived",
             f"worst answer: status {1e3 * self.status:.0f} ms, /metrics {1e3 * self.metrics:.0f} ms",
             f"flooded SA serves again after {1e3 * self.recovery:.0f} ms",
             *(f"memory of {name}: {before:.0f} MiB, at most {most:.0f}" for name, (before, most) in self.memory.items()),
@@ -163,11 +174,33 @@ class Overload:
             flood.join()
         report.quiet = quiet.received / quiet.sent
         report.capacity, report.offered = rates[0]
+        self._forge()
         report.memory = {name: (before[name], most[name]) for name in processes}
         report.lost = sum(gateway.metric("ipsecq_queue_dropped_total") for gateway in self.gateways)
         for gateway in self.gateways:
             gateway.stop()
         return report
+
+    def _forge(self) -> None:
+        """Packets under the SPI of the flooded SA, ahead of its window, with a wrong ICV: each costs an authentication."""
+        report, (one, two) = self.report, self.network.sites
+        with Capture(one.gateway, "wan", expression="esp") as wire:
+            ping(one.host, two.host4, count=1)
+            wire.settle()
+        frame = next(frame for frame in wire.frames() if frame.esp and frame.dst == two.wan4)
+        data = bytearray(frame.data)
+        at = len(data) - len(frame.payload)
+        data[at + 4 : at + 8] = (frame.esp[1] + 1000 if frame.esp else 0).to_bytes(4, "big")
+        data[-1] ^= 1
+        seconds = min(report.seconds, 20.0)
+        before = self.gateways[1].metric("ipsecq_drops_total", reason="esp_badauth")
+        with Datagrams(one.host, two.host, "10.2.0.3", 6002, QUIET_RATE) as quiet:
+            done = one.gateway.run(
+                sys.executable, "-m", "ipsecq.lab.forge", "wan", str(seconds), data.hex(), timeout=seconds + 30
+            )
+        report.forged = int(done.stdout) / seconds / 1e3
+        report.refused = (self.gateways[1].metric("ipsecq_drops_total", reason="esp_badauth") - before) / seconds / 1e3
+        report.quiet_forged = quiet.received / quiet.sent
 
     def _processes(self) -> dict[str, int]:
         return {

@@ -6,7 +6,6 @@ import os
 import struct
 import time
 from collections.abc import Iterator
-from statistics import median
 from typing import Final
 
 from ipsecq.counters import Counter
@@ -25,7 +24,7 @@ from ipsecq.transforms.esp import EspTransform
 
 _SRC, _DST = bytes([192, 0, 2, 1]), bytes([192, 0, 2, 2])
 _COUNT: Final = 2000
-_ROUNDS: Final = 7
+_ROUNDS: Final = 15
 _ALGORITHMS: Final = {
     "AES-GCM": ("-E aes-gcm-16 0x" + "11" * 20, ("aes-gcm-16", Key(bytes([0x11]) * 20), None, None)),
     "AES-CBC, HMAC-SHA256": (
@@ -36,7 +35,7 @@ _ALGORITHMS: Final = {
 
 
 def measure(octets: int) -> Iterator[tuple[str, str, float]]:
-    """(algorithm, what comes in, microseconds a packet) for inner packets of so many octets."""
+    """(algorithm, what comes in, microseconds a packet, the best of several rounds) for inner packets of so many octets."""
     for name, (words, arguments) in _ALGORITHMS.items():
         applied = apply(parse(f"add 192.0.2.1 192.0.2.2 esp 0x1000 -m tunnel -r 32 {words};"), Sad(), Spd(), now=1.0)
         tables = standalone.build(applied.sad.dump(), [], os.urandom)
@@ -72,7 +71,7 @@ def measure(octets: int) -> Iterator[tuple[str, str, float]]:
                 times.append((time.perf_counter() - started) / len(packets) * 1e6)
                 if expected[kind] and tables.counters[expected[kind]] - before != len(packets):
                     raise AssertionError(f"{kind}: not every packet was refused for that")
-            yield name, kind, median(times)
+            yield name, kind, min(times)
 
 
 def _outer(esp: bytes) -> bytes:

@@ -31,7 +31,9 @@ class Flow:
         text = self._log.read_text()
         summary = re.search(r"(\d+) packets transmitted, (\d+) received", text)
         assert summary, text[-500:]
-        self.sent, self.received = int(summary[1]), int(summary[2])
+        self.received = int(summary[2])
+        # The last request may be younger than any answer can be: what counts is what was sent before the last answer.
+        self.sent = max((int(number) for number in re.findall(r"icmp_seq=(\d+) ttl", text)), default=int(summary[1]))
         times = [float(stamp) for stamp in re.findall(r"^\[(\d+\.\d+)\] .*icmp_seq=", text, re.MULTILINE)]
         self.outage = max((after - before for before, after in itertools.pairwise(times)), default=0.0)
 
