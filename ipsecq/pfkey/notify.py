@@ -24,6 +24,7 @@ from ipsecq.pfkey import seccomp
 from ipsecq.pfkey.constants import PF_KEY_V2
 from ipsecq.pfkey.seccomp import Listener, Notification
 from ipsecq.pfkey.socketpolicy import OptionRequest
+from ipsecq.pfkey.watch import DaemonWatch
 
 OptionHook = Callable[[OptionRequest], int]
 """Sets a per-socket policy; returns an errno, or 0 (:class:`ipsecq.pfkey.socketpolicy.SocketPolicies` is one)."""
@@ -53,6 +54,7 @@ class Responder:
         self._arch = seccomp.architecture()
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN)
+        self._watch = DaemonWatch(self._epoll)
         self._waiting: dict[int, tuple[socket.socket, Notification, float]] = {}
         """Polls that have not begun: our duplicate of the descriptor they ask about, and when they begin at the latest."""
 
@@ -70,7 +72,11 @@ class Responder:
         """Do what is due, without waiting; False when no process has the filter any more."""
         for descriptor, events in self._epoll.poll(0):
             if descriptor != self.listener.fileno():
-                self._begin(descriptor)
+                asked = self._watch.ended(descriptor)
+                if asked is None:
+                    self._begin(descriptor)
+                elif asked:
+                    self._complain("ipsecq exec: the daemon has ended, so have its PF_KEY sockets: SIGTERM to the program")
             elif events & select.EPOLLIN:
                 self.serve_one()
             else:
@@ -84,6 +90,7 @@ class Responder:
         """Give up: calls that wait fail, as do later ones."""
         for descriptor in list(self._waiting):
             self._begin(descriptor)
+        self._watch.close()
         self._epoll.close()
         self.listener.close()
 
@@ -150,6 +157,7 @@ class Responder:
                 if number:
                     self.listener.answer(notification, number)
                     return
+                self._watch.add(made, notification.thread)
                 made.setblocking(not kind & socket.SOCK_NONBLOCK)
                 self.listener.answer_with_descriptor(
                     notification, made.fileno(), close_on_exec=bool(kind & socket.SOCK_CLOEXEC)

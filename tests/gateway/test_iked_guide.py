@@ -1,0 +1,103 @@
+"""docs/iked.md, block by block: what it tells to write is written, what it tells to run is run."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ipsecq.lab import iked
+from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.topology import build, firewall
+from ipsecq.lab.traffic import ping
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(bool(iked.missing()), reason=iked.missing() or "-")]
+GUIDE = Path(__file__).parents[2] / "docs" / "iked.md"
+
+
+def block(title, after=""):
+    """The indented block that begins with ``# title``, below the heading ``after``."""
+    text = GUIDE.read_text()
+    text = text[text.index(after) :]
+    lines = text[text.index(f"    # {title}\n") :].splitlines()[1:]
+    found = []
+    for line in lines:
+        if (line and not line.startswith("    ")) or line.startswith("    # /etc/iked.conf"):
+            break
+        found.append(line[4:])
+    return "\n".join(found).rstrip() + "\n"
+
+
+@pytest.fixture
+def world():
+    with Lab() as lab:
+        network = build(lab, router=True)
+        gateways = []
+        for site in network.sites:
+            firewall(site)
+            gateways.append(Gateway(site.gateway, "", workers=1, settings="\n" + block("ipsecq.toml")).start())
+        yield network, gateways
+
+
+def established(gateways):
+    wait_for(lambda: all(len(iked.sas(gateway)) == 2 for gateway in gateways), "SAs at both ends", 20)
+    wait_for(lambda: all(gateway.status()["policy_count"] >= 2 for gateway in gateways), "policies at both ends", 10)
+
+
+def test_site_to_site_with_a_key_and_a_restart_of_each_part(world):
+    """A restart of ipsecq ends iked, which its unit starts again; the far end takes the new tunnel for the old one."""
+    network, gateways = world
+    section = "## Site to site"
+    two = iked.Iked(gateways[1], block("/etc/iked.conf on gw2", section)).start()
+    one = iked.Iked(gateways[0], block("/etc/iked.conf on gw1", section)).start()
+    established(gateways)
+
+    def crosses():
+        return ping(network.one.host, network.two.host4, count=3, wait=0.5) == 3
+
+    assert crosses()
+    before = gateways[0].status()["sas"]
+    one.ctl("reload")
+    two.ctl("reload")
+    assert crosses()
+    assert {sa["spi"] for sa in gateways[0].status()["sas"]} == {sa["spi"] for sa in before}
+
+    one.stop()
+    one.start()
+    wait_for(crosses, "a tunnel after iked's restart", 20)
+
+    gateways[0].stop()
+    wait_for(lambda: one.process.poll() is not None, "the end of iked, whose daemon has gone", 5)
+    gateways[0].start()
+    one.start()
+    wait_for(crosses, "a tunnel after the daemon's restart", 20)
+    established(gateways)
+
+
+def test_road_warrior_with_certificates_behind_nat(world, tmp_path):
+    network, gateways = world
+    network.router.nft("""table ip nat {
+        chain postrouting { type nat hook postrouting priority srcnat; ip saddr 192.0.2.1 oifname right masquerade; }
+    }""")
+    subprocess.run(["sh", "-ec", block("on the machine with the CA")], cwd=tmp_path, check=True, capture_output=True)
+    section = "## Road warrior"
+    names = ("laptop", "gw2")
+    ends = []
+    for name, gateway in zip(names, gateways, strict=True):
+        place = gateway.directory / "iked"
+        for below in ("ca", "certs", "crls", "private", "pubkeys/fqdn"):
+            (place / below).mkdir(parents=True)
+        script = block("on each machine, with its own name").replace("/etc/iked/", f"{place}/")
+        subprocess.run(["sh", "-ec", f"name={name}\n{script}"], cwd=tmp_path, check=True)
+        ends.append(iked.Iked(gateway, block(f"/etc/iked.conf on {name}", section), place))
+    network.one.gateway.run("sh", "-ec", block("on the laptop"))
+    for end in reversed(ends):
+        end.start()
+    established(gateways)
+    address = wait_for(
+        lambda: re.search(r"inet (10\.9\.0\.\d+)", network.one.gateway.run("ip", "addr", "show", "vpn0").stdout),
+        "the laptop's address", 5,
+    )[1]  # fmt: skip
+    assert ping(network.one.gateway, network.two.host4, source=address, wait=5) == 3
+    assert all(sa["natt"] for gateway in gateways for sa in iked.sas(gateway))
