@@ -37,7 +37,7 @@ from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
 from ipsecq.engine.inbound_run import InboundRuns
-from ipsecq.engine.outbound import Outbound
+from ipsecq.engine.outbound_run import OutboundRuns
 from ipsecq.engine.tables import Tables
 from ipsecq.errors import IpsecqError, NetfilterError, StateError
 
@@ -155,7 +155,7 @@ class Worker:
             larval=replica.larval, burst_ports=frozenset({setup.udp_port} if setup.udp else ()),
         )  # fmt: skip
         counters = cast("MutableSequence[int]", self._counters)
-        outbound = Outbound(tables, path_mtu.mtu_of, path_mtu.source_for)
+        outbound = OutboundRuns(tables, path_mtu.mtu_of, path_mtu.source_for)
         inbound = InboundRuns(tables, unite=setup.coalesce)
         outbound.on_drop = inbound.on_drop = DropLog(replica.sysctl)
         taps = Taps(outbound, inbound, replica.sysctl)

@@ -17,12 +17,12 @@ from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOG
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
-from ipsecq.datapath.inward import FORWARD, InboundEngine, Inward
+from ipsecq.datapath.inward import FORWARD, LONE, InboundEngine, Inward
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.outward import Outward
-from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.queue import Packet, Queue
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
@@ -33,6 +33,9 @@ log: Final = logging.getLogger(__name__)
 
 TICK: Final = 0.25
 """Longest sleep in seconds: the heartbeat beats at least twice a second, whatever the traffic."""
+
+MIN_RUN: Final = 4
+"""Packets on their way out from which on a run is looked for."""
 
 BURST: Final = 64
 """Datagrams made of super-packets that are sent before the batch is finished."""
@@ -61,6 +64,9 @@ class OutboundEngine(Engine, Protocol):
 
     def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
         """The fate of a super-packet whose segments have ``size`` octets of data; -1: they must come one by one."""
+
+    def process_run(self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions) -> int:
+        """Replace the first few of ``packets``, all of one flow: how many; 0: the first one comes alone."""
 
 
 class WorkerLoop:
@@ -215,6 +221,7 @@ class WorkerLoop:
                 self._sizes.learn(segment[4], now)
         entered = self._inward.take(packets, now, emit)
         done = 0
+        until = lone = 0
         while done < count:
             # One try around many packets; an exception costs its packet and starts the loop again behind it.
             try:
@@ -222,11 +229,18 @@ class WorkerLoop:
                     cookie, hook, mark, info, packet = packets[done]
                     if hook < FORWARD:
                         add_verdict(cookie, entered[done])
+                    elif done < until:  # of a run that has been sealed
+                        add_verdict(cookie, NF_ACCEPT, mark | stolen)
                     elif diverted and flow_of(packet) in diverted:
                         self._divert(cookie, packet, whole=bool(info & NFQA_SKB_GSO))
+                    elif lone <= done and not diverted and (taken := self._outbound_run(packets, done, now)):
+                        until = done + taken
+                        add_verdict(cookie, NF_ACCEPT, mark | stolen)
                     elif info & _UNFINISHED:
+                        lone = max(lone, done + LONE)
                         self._unfinished(cookie, mark, info, packet, now)
                     else:
+                        lone = max(lone, done + LONE)
                         fate = outbound(packet, now, emit)
                         if fate == 1:  # Fate.DONE
                             add_verdict(cookie, NF_ACCEPT, mark | stolen)
@@ -245,6 +259,22 @@ class WorkerLoop:
         counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
         counters[HISTOGRAM_SUM_NS] += elapsed
         return count
+
+    def _outbound_run(self, packets: list[Packet], start: int, now: float) -> int:
+        """Seal equal packets of one flow in one go, from packet ``start`` on: how many."""
+        if len(packets) - start < MIN_RUN:
+            return 0
+        unfinished = packets[start][3] & _UNFINISHED
+        if unfinished & NFQA_SKB_GSO:
+            return 0
+        run: list[Buffer] = []
+        for _, hook, _, info, packet in packets[start:]:
+            if hook < FORWARD or info & _UNFINISHED != unfinished:
+                break
+            run.append(packet)
+        if len(run) < MIN_RUN:
+            return 0
+        return self._engine_out.process_run(run, bool(unfinished), now, self._emit)
 
     def _outbound_rest(self, fate: int, cookie: int, mark: int, packet: Buffer, now: float) -> None:
         """The verdict for an outbound packet that was not simply replaced."""

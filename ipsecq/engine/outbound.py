@@ -12,7 +12,7 @@ from typing import Final
 
 from ipsecq.counters import FIRST_DROP, Counter, Fate
 from ipsecq.engine.bundle import Bundle
-from ipsecq.engine.emit import Acquire, Emissions
+from ipsecq.engine.emit import Acquire, Burst, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.engine.tap import Tap
@@ -150,11 +150,7 @@ class Outbound:
             if decision.sealed_length(header + size, view.header_length) > self._mtu_of(decision.dst):
                 return -1
             finished, fate = decision.apply_run(packet, view, size, now, emit)
-            for each in finished:
-                if isinstance(each, bytes):
-                    emit.wire.append(each)
-                else:
-                    emit.bursts.append((len(emit.wire), each))
+            self._collect(finished, emit)
             if finished:
                 if fate:
                     counters[fate] += count - len(finished)
@@ -167,6 +163,14 @@ class Outbound:
         elif fate == _PASS:
             counters[Counter.OUT_PASSED] += count
         return fate
+
+    @staticmethod
+    def _collect(finished: list[bytes] | list[Burst], emit: Emissions) -> None:
+        for each in finished:
+            if isinstance(each, bytes):
+                emit.wire.append(each)
+            else:
+                emit.bursts.append((len(emit.wire), each))
 
     # -- the decision: once a flow ---------------------------------------------------------------------
 

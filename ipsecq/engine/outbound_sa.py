@@ -21,7 +21,7 @@ from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.segments import lay_out
+from ipsecq.packet.segments import fill_checksums, lay_out
 from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation, Slot
 from ipsecq.sa.sequence import LIMIT_32, LIMIT_64, OutboundSequence
@@ -114,8 +114,8 @@ class EspStep:
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
     ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  One decision, one account and one array of headers for all segments."""
-        outer, seal_run, transform = self._outer, self._seal_run, self._transform
-        if outer is None or seal_run is None:
+        outer, transform = self._outer, self._transform
+        if outer is None or self._seal_run is None:
             return None
         laid = lay_out(packet, view, size, transform.MAX_TRAILER)
         if laid is None:
@@ -137,11 +137,42 @@ class EspStep:
         ]
         at = (count - 1) * width
         plaintexts.append(octets[at : at + last + len(final)])
-        sealed = seal_run(self.sa.spi, first, plaintexts, self.sa.esn)
+        return self._seal_all(outer, view, first, plaintexts, full, last)
+
+    def apply_equal(
+        self, packets: list[Buffer], unfinished: bool, view: PacketView, now: float, emit: Emissions
+    ) -> list[bytes] | list[Burst] | None:
+        """The datagrams of packets that are as long as the first one, which ``view`` has loaded, and have its header.
+
+        They are TCP or UDP behind IP headers without options; ``unfinished``: their checksums are not filled in.
+        None: one by one, please.
+        """
+        outer, transform, count, length = self._outer, self._transform, len(packets), view.length
+        if outer is None or self._seal_run is None:
+            return None
+        if not self._account.allows(count * length, count, now) or not (first := self.sequence.take(count)):
+            return None
+        self._account.charge(count * length, now, emit, count)
+        self._words[self._base + _SEQUENCE] = first + count - 1
+        trailer = transform.trailer(length, IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6)
+        joined = bytearray().join([part for packet in packets for part in (packet[:length], trailer)])
+        width = length + len(trailer)
+        if unfinished:
+            fill_checksums(joined, width, view)
+        octets = memoryview(joined)
+        plaintexts: list[Buffer] = [octets[at : at + width] for at in range(0, count * width, width)]
+        return self._seal_all(outer, view, first, plaintexts, length, length)
+
+    def _seal_all(
+        self, outer: OuterHeader, view: PacketView, first: int, plaintexts: list[Buffer], full: int, last: int
+    ) -> list[bytes] | list[Burst]:
+        """Datagrams of plaintexts with their trailers: packets of ``full`` octets, the last one of ``last``."""
+        count = len(plaintexts)
+        sealed = self._seal_run(self.sa.spi, first, plaintexts, self.sa.esn) if self._seal_run is not None else []
         counters = self._counters
         counters[_ESP_TUNNEL] += count
         counters[_ESP_OUTPUT] += count
-        counters[_ESP_OBYTES] += inner
+        counters[_ESP_OBYTES] += (count - 1) * full + last
         if self._bursts:
             return self._in_bursts(outer, view, first, sealed)
         blob, width = self._heads(outer, view, first, count, full, last)

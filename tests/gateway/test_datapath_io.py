@@ -569,6 +569,9 @@ class Wrap:
         emit.wire.append(make(self.src, self.dst, 50, len(body)) + body)
         return Fate.DONE
 
+    def process_run(self, packets, unfinished, now, emit):
+        return 0
+
     def process_super(self, packet, size, now, emit):
         self.supers.append((len(packet), size))
         for segment in split(packet, size):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ipsecq.counters import Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.inbound_run import InboundRuns
+from ipsecq.engine.outbound_run import OutboundRuns
 from ipsecq.numbers import Mode, Protocol
 from ipsecq.packet import checksum, ipv4, ipv6
 from ipsecq.packet.segments import split
@@ -330,3 +331,87 @@ def test_an_sa_of_another_port_makes_no_bursts():
     emit = Emissions()
     assert bursts.outbound.process_super(tcp(4, 50000), 1300, bursts.now, emit) == 1
     assert (emit.bursts, len(emit.wire)) == ([], 39)
+
+
+OUT_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["udp", "tcp", "icmp", "fragment", "long"]), st.integers(1, 9), st.integers(0, 40),
+        st.sampled_from([0, 0x28]), st.booleans(),
+    ),
+    max_size=6,
+)  # fmt: skip
+
+
+def outgoing(step, version: int) -> list[bytes]:
+    """The packets of one flow."""
+    kind, number, size, tos, df = step
+    if kind == "udp":
+        return [udp(*INNER[version], random.Random(n).randbytes(size), tos=tos, df=df) for n in range(number)]
+    if kind == "tcp":
+        return [tcp(version, size, seq=5000 + n * size, tos=tos) for n in range(number)]
+    if kind == "long":
+        return [udp(*INNER[version], bytes(1480), df=df)] * number
+    src, dst = (address(text) for text in INNER[version])
+    if kind == "fragment" and version == 4:
+        packet = bytearray(ipv4.header(src, dst, 17, size + 8, tos=tos) + bytes(size + 8))
+        packet[6] = 0x20
+        ipv4.fix_checksum(packet)
+        return [bytes(packet)] * number
+    header = ipv4.header if version == 4 else ipv6.header
+    return [header(src, dst, 1 if version == 4 else 58, size + 8) + bytes(size + 8)] * number
+
+
+def unfinished(packet: bytes) -> bytes:
+    """The packet as a stack gives it to a device that makes checksums."""
+    at = 20 if packet[0] >> 4 == 4 else 40
+    if packet[9 if at == 20 else 6] not in {6, 17} or (at == 20 and packet[6] & 0x3F):
+        return packet
+    field = at + (16 if packet[9 if at == 20 else 6] == 6 else 6)
+    return packet[:field] + b"\x12\x34" + packet[field + 2 :]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    kind=st.sampled_from(list(KINDS)), outer=st.sampled_from([4, 6]), inner=st.sampled_from([4, 6]), steps=OUT_STEPS,
+    natt=st.sampled_from([None, NatTraversal(), NatTraversal(sport=4501)]), esn=st.booleans(), partial=st.booleans(),
+    limits=st.sampled_from([{}, {"soft": Lifetime(bytes=900)}, {"hard": Lifetime(allocations=17)}]),
+)  # fmt: skip
+def test_equal_packets_sealed_in_one_go_are_those_sealed_one_by_one(
+    kind, outer, inner, steps, natt, esn, partial, limits
+):
+    sa = association(kind, outer, natt=natt, esn=esn, **limits)
+    out = [policy("out", *LANS[version], f"ipsec esp/tunnel/{'-'.join(OUTER[outer])}/require") for version in (4, 6)]
+    one, other = make_peer([sa], out), make_peer([sa], out)
+    other.tables.burst_ports = frozenset({4500})
+    other.outbound = OutboundRuns(other.tables, lambda _: other.mtu, lambda dst: bytes(len(dst)))
+    one.outbound = OutboundRuns(one.tables, lambda _: one.mtu, lambda dst: bytes(len(dst)))
+    packets = [packet for step in steps for packet in outgoing(step, inner)]
+    single, emit = Emissions(), Emissions()
+    for packet in packets:
+        one.outbound.process(packet, one.now, single)
+    at, made = 0, []
+    while at < len(packets):
+        before = len(emit.bursts), len(emit.wire)
+        batch = [unfinished(packet) for packet in packets[at:]] if partial else packets[at:]
+        taken = other.outbound.process_run(batch, partial, other.now, emit)
+        if not taken:
+            other.outbound.process(packets[at], other.now, emit)
+        made += emit.wire[before[1] :] + [d for _, burst in emit.bursts[before[0] :] for d in burst.datagrams()]
+        at += taken or 1
+    if kind == "cbc":  # random IVs
+        assert list(map(len, made)) == list(map(len, single.wire))
+    else:
+        assert made == single.wire
+    assert emit.events == single.events
+    assert one.tables.counters.tolist() == other.tables.counters.tolist()
+    assert one.tables.words.tolist() == other.tables.words.tolist()
+
+
+def test_small_datagrams_of_a_flow_leave_in_one_burst():
+    _, bursts = bursting(association("gcm", 4, natt=NatTraversal()), 4)
+    outbound, emit = OutboundRuns(bursts.tables, lambda _: 1500, lambda dst: bytes(len(dst))), Emissions()
+    packets = [udp(*INNER[4], bytes([n]) * 64) for n in range(20)]
+    outbound.process(packets[0], bursts.now, emit)
+    emit.clear()
+    assert outbound.process_run(packets, False, bursts.now, emit) == 20
+    assert [(place, burst.number) for place, burst in emit.bursts] == [(0, 20)]
