@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
+import numpy as np
+
 from ipsecq.counters import FIRST_DROP, Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.history import History
@@ -102,7 +104,7 @@ class InboundRuns(Inbound):
         if view.length - places[-1] < 8:
             return False
         numbers = list(range(number, number + len(places)))
-        if [_SPI_NUMBER(octets, place) for place in places] != [(spi, each) for each in numbers]:
+        if not _consecutive(octets, places, spi, number):
             return False
         pieces: list[Buffer] = [octets[place : place + size] for place in places]
         head, version = bytes(octets[:offset]), view.version
@@ -190,6 +192,16 @@ def _segment(packet: Buffer, offset: int, spi: int, number: int) -> int:
     start = offset + 16
     found = bytes(packet[start : start + MAX_DATAGRAM]).find(_PACK(spi, number + 1))
     return found + 16 if found >= 0 else 0
+
+
+def _consecutive(octets: memoryview, places: range, spi: int, number: int) -> bool:
+    """Whether ESP of one SA begins at all ``places``, with sequence numbers that count up."""
+    if _SPI_NUMBER(octets, places[-1]) != (spi, number + len(places) - 1):
+        return False
+    full = len(places) - 1
+    rows = np.frombuffer(octets, np.uint8, full * places.step, places[0]).reshape(full, places.step)
+    heads = np.arange(spi << 32 | number, (spi << 32 | number) + full, dtype=np.uint64).astype(">u8")
+    return rows[:, :8].tobytes() == heads.tobytes()
 
 
 def _datagram(head: bytes, version: int, piece: Buffer) -> bytes:

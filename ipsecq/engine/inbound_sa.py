@@ -169,10 +169,11 @@ class EspReady(_Ready):
         late = window.size != 0 and first <= window.edge
         if late and self.sa.esn:
             return []  # the edge could decide about the high half of what follows
-        for index, length in enumerate(lengths):
-            if not fits(length - offset) or (late and window.check(numbers[index]) < 0):
-                del packets[index:]
-                break
+        if late or not all(fits(length - offset) for length in set(lengths)):
+            for index, length in enumerate(lengths):
+                if not fits(length - offset) or (late and window.check(numbers[index]) < 0):
+                    del packets[index:]
+                    break
         groups = self._transform.open_run(packets, offset, first)
         for index, group in enumerate(groups):
             if not (group.next_header in _IP and self.is_tunnel(group.next_header)):
