@@ -216,7 +216,7 @@ def changed(wire: list[bytes], changes) -> list[bytes]:
         elif what == "lose":
             del wire[at]
         elif what == "truncate":
-            wire[at] = bytes(datagram[: how % len(datagram)])
+            wire[at] = bytes(datagram[: max(how % len(datagram), 22)])
         elif what == "lengthen":
             wire[at] = bytes(datagram) + bytes(how % 9)
         else:
