@@ -37,7 +37,7 @@ def test_traffic_crosses_and_arrives_unharmed(make_world, off):
     ports = {(frame.data[34:36], frame.data[36:38]) for frame in frames if frame.version == 4 and frame.esp}
     assert ports == {((4500).to_bytes(2), (4500).to_bytes(2))}
     longest = max(len(frame.ip) for frame in frames if frame.esp)
-    assert (longest > 20_000) == (off not in {"gso", "udp_segment"})
+    assert (longest > 20_000) == (off != "udp_segment")
     for gateway in world.gateways:
         assert gateway.metric("ipsecq_drops_total", reason="esp_badauth") == 0
         assert gateway.metric("ipsecq_drops_total", reason="esp_replay") == 0
