@@ -25,6 +25,9 @@ SHARE: Final = 5
 BURST: Final = 4_000_000
 """Nanoseconds that a watcher may have saved up: a batch of packets comes at once."""
 
+LONGEST: Final = 200_000
+"""Nanoseconds that one step can take; what is beyond was somebody else's turn on the processor."""
+
 CHUNK: Final = 60_000
 """Octets of one message to the reader; a packet that is longer goes alone."""
 
@@ -51,7 +54,7 @@ class Budget:
 
     def spent(self) -> None:
         """The work that :meth:`take` allowed is done."""
-        self._left -= time.perf_counter_ns() - self._last
+        self._left -= min(time.perf_counter_ns() - self._last, LONGEST)
 
     def drop(self, count: int) -> None:
         """Packets that the reader will not see."""

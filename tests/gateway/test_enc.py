@@ -47,11 +47,12 @@ def tshark(file, *fields, display="", option=()):
     return [tuple(line.split("\t")) for line in done.stdout.splitlines()]
 
 
-def test_each_view_of_enc_is_what_the_manual_says_for_wireshark(tunnel_net, tmp_path):
+def test_each_view_of_enc_is_what_the_manual_says_for_wireshark(tunnel_net, tmp_path, request):
     one, two = tunnel_net.network.sites
     gateway = tunnel_net.one
     spi_out, spi_in = (f"0x{tunnel_net.tunnel.spi_from(site, 4):08x}" for site in (one, two))
     gateway.command("sysctl", "net.enc.in.ipsec_bpf_mask=3")
+    request.addfinalizer(lambda: gateway.command("sysctl", "net.enc.in.ipsec_bpf_mask=1"))
     views = [("before", "out"), ("after", "out"), ("before", "in"), ("after", "in")]
     files = [tmp_path / f"{view}-{way}.pcapng" for view, way in views]
     taps = [
@@ -64,7 +65,6 @@ def test_each_view_of_enc_is_what_the_manual_says_for_wireshark(tunnel_net, tmp_
     for process, file in zip(taps, files, strict=True):
         assert process.wait(10) == 0
         assert "2 packets captured, 0 dropped" in file.with_suffix(".log").read_text()
-    gateway.command("sysctl", "net.enc.in.ipsec_bpf_mask=1")
     outer_out, outer_in = f"{one.wan4},{one.host4}", f"{two.wan4},{two.host4}"
     expected = [
         (spi_out, one.host4, "1", "8"), (spi_out, outer_out, "4,1", "8"),
