@@ -181,7 +181,8 @@ class Worker:
             if request is None:
                 taps.detach(number)
             elif number == MIRROR:
-                taps.attach(number, Mirror(mirror, counters))
+                if mirror is not None:
+                    taps.attach(number, Mirror(mirror, counters))
             elif (descriptor := take_descriptor(self._hand, number)) >= 0:
                 taps.attach(number, TapSink(
                     descriptor, self._index, counters,

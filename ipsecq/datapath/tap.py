@@ -20,10 +20,16 @@ from ipsecq.pcap.enc import HEADER_LENGTH, MESSAGE, RECORD
 from ipsecq.sysctl import Sysctl
 
 SHARE: Final = 5
-"""Percent of a worker's time that one watcher may take, unless it asks for another share."""
+"""Percent of the processor time of a busy worker that one watcher may take, unless it asks for another share."""
+
+IDLE_SHARE: Final = 0.5
+"""Of the time in which the worker has nothing to do."""
 
 BURST: Final = 4_000_000
 """Nanoseconds that a watcher may have saved up: a batch of packets comes at once."""
+
+OVERHEAD: Final = 1.5
+"""What showing a packet costs beside what is measured."""
 
 LONGEST: Final = 200_000
 """Nanoseconds that one step can take; what is beyond was somebody else's turn on the processor."""
@@ -33,28 +39,35 @@ CHUNK: Final = 60_000
 
 
 class Budget:
-    """Time that may be spent: ``share`` percent of what passes, at most :data:`BURST` saved."""
+    """Time that may be spent, at most :data:`BURST` saved: see :meth:`refill`."""
 
     def __init__(self, share: int, counters: MutableSequence[int]) -> None:
         self._share = share / 100
         self._counters = counters
         self._left = float(BURST)
-        self._last = time.perf_counter_ns()
+        self._start = 0
         self.dropped = 0
+
+    def refill(self, busy: int, idle: int) -> None:
+        """``busy`` nanoseconds of work and ``idle`` ones of waiting have gone by: a share of the one, half of the other."""
+        self._left = min(self._left + busy * self._share + idle * IDLE_SHARE, BURST)
+
+    @property
+    def ready(self) -> bool:
+        """Enough has been saved for packets in a row."""
+        return self._left > BURST / 2
 
     def take(self) -> bool:
         """See :class:`ipsecq.engine.tap.Watcher`.  The clock runs from here to :meth:`spent`."""
-        now = time.perf_counter_ns()
-        self._left = min(self._left + (now - self._last) * self._share, BURST)
-        self._last = now
         if self._left > 0:
+            self._start = time.perf_counter_ns()
             return True
         self.drop(1)
         return False
 
     def spent(self) -> None:
         """The work that :meth:`take` allowed is done."""
-        self._left -= min(time.perf_counter_ns() - self._last, LONGEST)
+        self._left -= OVERHEAD * min(time.perf_counter_ns() - self._start, LONGEST)
 
     def drop(self, count: int) -> None:
         """Packets that the reader will not see."""
@@ -76,20 +89,21 @@ class TapSink(Budget):
         self._socket.setblocking(False)
         self._worker = worker
         self._snaplen = snaplen
-        self._parts: list[Buffer] = []
+        self._parts: list[bytes] = []
         self._count = self._size = 0
         self.gone = False
         """The reader has closed its end."""
 
     def record(self, kind: int, enc: bytes, front: bytes, body: Buffer) -> None:
         """See :class:`ipsecq.engine.tap.Watcher`."""
-        length = len(front) + len(body)
-        kept = min(length, self._snaplen)
-        octets = b"".join((front, body[: max(kept - len(front), 0)]))[:kept]
+        length = kept = len(front) + len(body)
+        if length > self._snaplen:
+            kept = self._snaplen
+            front, body = front[:kept], body[: max(kept - len(front), 0)]
         if self._size + kept > CHUNK:
             self._send()
         head = RECORD.pack(time.time_ns(), HEADER_LENGTH + kept, HEADER_LENGTH + length, kind)
-        self._parts += (head, enc, octets)
+        self._parts.append(b"".join((head, enc, front, body)))
         self._count += 1
         self._size += RECORD.size + HEADER_LENGTH + kept
         self.spent()
@@ -97,7 +111,7 @@ class TapSink(Budget):
     def flush(self) -> None:
         """Send what waits; after each batch."""
         if self._count:
-            self.take()
+            self._start = time.perf_counter_ns()
             self._send()
             self.spent()
 
@@ -113,7 +127,7 @@ class TapSink(Budget):
     def _send(self) -> None:
         head = MESSAGE.pack(self._worker, self._count, min(self.dropped, 0xFFFFFFFF))
         try:
-            self._socket.sendmsg([head, *self._parts], [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._socket.send(b"".join((head, *self._parts)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             self.dropped = 0
             self._counters[Counter.TAP_PACKETS] += self._count
         except BlockingIOError:
@@ -153,11 +167,21 @@ class Mirror(Budget):
         """The socket stays."""
 
 
-def mirror_socket(device: str) -> socket.socket:
-    """A packet socket that sends into ``device`` and receives nothing (packet(7): protocol 0).  Needs CAP_NET_RAW."""
-    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-    sock.setblocking(False)
-    sock.bind((device, 0))
+def mirror_socket(device: str) -> socket.socket | None:
+    """A packet socket that sends into ``device`` and receives nothing (packet(7): protocol 0).
+
+    None where there can't be one (no CAP_NET_RAW, no AF_PACKET for this service): a gateway works without.
+    """
+    try:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+    except OSError:
+        return None
+    try:
+        sock.setblocking(False)
+        sock.bind((device, 0))
+    except OSError:
+        sock.close()
+        return None
     return sock
 
 
@@ -166,11 +190,18 @@ class Taps:
 
     def __init__(self, outbound: Outbound, inbound: Inbound, sysctl: Sysctl) -> None:
         self._outbound, self._inbound, self._sysctl = outbound, inbound, sysctl
+        self.idle = 0
+        """Nanoseconds in which the worker waited for packets, to be told by the loop while there are sinks."""
+        self._worked = 0
+        """Processor time when :meth:`_refill` was called last."""
         self.sinks: dict[int, TapSink | Mirror] = {}
+        self._tap: Tap | None = None
 
     def attach(self, number: int, sink: TapSink | Mirror) -> None:
         """Begin; ``number`` is the watcher's name."""
         self.detach(number)
+        if not self.sinks:
+            self._worked, self.idle = time.thread_time_ns(), 0
         self.sinks[number] = sink
         self._watch()
 
@@ -183,6 +214,7 @@ class Taps:
 
     def flush(self) -> None:
         """After each batch with watchers."""
+        self._refill()
         for number, sink in list(self.sinks.items()):
             sink.flush()
             if sink.gone:
@@ -190,6 +222,9 @@ class Taps:
 
     def tick(self) -> None:
         """A few times a second."""
+        if self._tap is not None:
+            self._refill()
+            self._tap.tell()
         for sink in self.sinks.values():
             sink.tick()
 
@@ -198,8 +233,18 @@ class Taps:
         for number in list(self.sinks):
             self.detach(number)
 
+    def _refill(self) -> None:
+        """Budgets grow by the worker's time; what it waited for others on the processor is not its own."""
+        worked = time.thread_time_ns()
+        busy, idle = worked - self._worked, self.idle
+        self._worked, self.idle = worked, 0
+        for sink in self.sinks.values():
+            sink.refill(busy, idle)
+        if self._tap is not None and self._tap.quiet and any(sink.ready for sink in self.sinks.values()):
+            self._tap.wake()
+
     def _watch(self) -> None:
         watchers: list[Watcher] = list(self.sinks.values())
-        tap = Tap(watchers, self._sysctl) if watchers else None
+        self._tap = tap = Tap(watchers, self._sysctl) if watchers else None
         self._outbound.watch(tap)
         self._inbound.watch(tap)

@@ -84,12 +84,15 @@ class Outbound:
         self._told: dict[tuple[bytes, bytes], float] = {}
         self._identification = int.from_bytes(tables.random(4), "big")
         self._tap: Tap | None = None
+        self._shown: dict[OutboundStep, OutboundStep] = {}
+        """Steps and what watches them: one for all flows."""
         self.on_drop: OnDrop | None = None
 
     def watch(self, tap: Tap | None) -> None:
         """Show packets to ``tap``, from the next one on; None: to nobody."""
         self._tap = tap
         self._flows.clear()
+        self._shown.clear()
 
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
         """The fate of one whole IP datagram: a :class:`Fate`, or the Counter of the drop (counted here).
@@ -182,6 +185,7 @@ class Outbound:
         """
         generation = self._tables.generation()
         self._flows.clear()
+        self._shown.clear()
         if generation[2] != self._generation[2]:
             self._steps.clear()
         else:
@@ -242,7 +246,9 @@ class Outbound:
             step = self._steps.get(key)
             if step is None or step.sa is not sa:
                 step = self._steps[key] = make_step(sa, tables, self._pool, tunnel)
-            steps.append(step if self._tap is None else self._tap.outbound(step))
+            if self._tap is not None:
+                step = self._shown.get(step) or self._shown.setdefault(step, self._tap.outbound(step))
+            steps.append(step)
             if tunnel:
                 src, dst = near, far
         return (Bundle(tuple(steps), dst, self._counters) if steps else _PASS), wanted

@@ -21,7 +21,7 @@ from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4, ipv6
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
-from ipsecq.sa.association import SecurityAssociation
+from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sysctl import Sysctl
 from ipsecq.transforms.esp import Group
 
@@ -73,16 +73,38 @@ class Tap:
     def __init__(self, watchers: Sequence[Watcher], sysctl: Sysctl) -> None:
         self._watchers = watchers
         self._sysctl = sysctl
+        self._wraps: dict[tuple[SaKey, bool], _Step | _Ready] = {}
+        self.quiet = False
+        """No watcher has room: packets are only counted, until :meth:`wake`."""
 
     def outbound(self, step: OutboundStep) -> OutboundStep:
         """``step``, or what watches it."""
         views = self._views(1, step.sa.spi, self._sysctl.enc.out_bpf_mask)
-        return _Step(step, *views) if any(views) else step
+        if not any(views):
+            return step
+        wrap = self._wraps[step.sa.key, step.tunnel] = _Step(self, step, *views)
+        return wrap
 
     def inbound(self, ready: InboundSa) -> InboundSa:
         """``ready``, or what watches it."""
         views = self._views(0, ready.sa.spi, self._sysctl.enc.in_bpf_mask)
-        return _Ready(ready, *views) if any(views) else ready
+        if not any(views):
+            return ready
+        wrap = self._wraps[ready.sa.key, False] = _Ready(self, ready, *views)
+        return wrap
+
+    def tell(self) -> None:
+        """Tell the watchers of what was only counted."""
+        for wrap in self._wraps.values():
+            if wrap.missed:
+                for watcher in (*wrap.before, *wrap.after):
+                    watcher.drop(wrap.missed)
+                wrap.missed = 0
+
+    def wake(self) -> None:
+        """Some watcher has room again."""
+        self.tell()
+        self.quiet = False
 
     def _views(self, way: int, spi: int, mask: int) -> tuple[list[Watcher], list[Watcher]]:
         wanted = [watcher for watcher in self._watchers if not watcher.spis or spi in watcher.spis]
@@ -131,20 +153,24 @@ def outer_header(datagram: bytes, inner: int, length: int) -> bytes:
 class _Step:
     """An outbound step that is watched."""
 
-    __slots__ = ("_after", "_before", "_enc", "_step", "sa", "sealed_length", "tunnel")
+    __slots__ = ("_apply", "_apply_run", "_enc", "_tap", "after", "before", "missed", "sa", "sealed_length", "tunnel")
 
     sealed_length: Callable[[int, int], int]
 
-    def __init__(self, step: OutboundStep, before: list[Watcher], after: list[Watcher]) -> None:
-        self._step = step
-        self._before, self._after = before, after
+    def __init__(self, tap: Tap, step: OutboundStep, before: list[Watcher], after: list[Watcher]) -> None:
+        self._tap = tap
+        self._apply, self._apply_run = step.apply, step.apply_run
+        self.before, self.after = before, after
+        self.missed = 0
         self._enc = enc_headers(step.sa)
         self.sa, self.tunnel, self.sealed_length = step.sa, step.tunnel, step.sealed_length
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """See :class:`OutboundStep`.  What is dropped is not shown: it never was under way."""
-        result = self._step.apply(packet, view, now, emit)
-        if not isinstance(result, int):
+        result = self._apply(packet, view, now, emit)
+        if self._tap.quiet:
+            self.missed += 1
+        elif not isinstance(result, int):
             self._show(packet, view, result)
         return result
 
@@ -152,40 +178,49 @@ class _Step:
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
     ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  A super-packet is shown as the one packet that the kernel handed over."""
-        run = self._step.apply_run(packet, view, size, now, emit)
-        if run:
+        run = self._apply_run(packet, view, size, now, emit)
+        if self._tap.quiet:
+            self.missed += 1
+        elif run:
             first = run[0]
             self._show(packet, view, first if isinstance(first, bytes) else first.datagrams()[0])
         return run
 
     def _show(self, packet: Buffer, view: PacketView, result: bytes) -> None:
-        for watcher in self._before:
+        body = memoryview(packet)[: view.length]
+        room = False
+        for watcher in self.before:
             if watcher.take():
-                watcher.record(OUT | BEFORE, self._enc[view.version], b"", memoryview(packet)[: view.length])
-        for watcher in self._after:
+                room = True
+                watcher.record(OUT | BEFORE, self._enc[view.version], b"", body)
+        for watcher in self.after:
             if not watcher.take():
                 continue
+            room = True
             if self.tunnel:
                 front, version = outer_header(result, view.version, view.length), 4 if result[0] < 0x60 else 6
             else:
                 front, version = b"", view.version
-            watcher.record(OUT | AFTER, self._enc[version], front, memoryview(packet)[: view.length])
+            watcher.record(OUT | AFTER, self._enc[version], front, body)
+        self._tap.quiet = not room
 
 
 class _Ready:
     """An inbound SA that is watched."""
 
     __slots__ = (
-        "_after", "_before", "_enc", "_open", "_open_run", "as_transport", "as_tunnel", "is_tunnel", "ready", "sa",
+        "_enc", "_open", "_open_run", "_tap", "after", "as_transport", "as_tunnel", "before", "is_tunnel", "missed",
+        "ready", "sa",
     )  # fmt: skip
 
     as_tunnel: History
     as_transport: History
     is_tunnel: Callable[[int], bool]
 
-    def __init__(self, ready: InboundSa, before: list[Watcher], after: list[Watcher]) -> None:
-        self.ready = ready
-        self._before, self._after = before, after
+    def __init__(self, tap: Tap, ready: InboundSa, before: list[Watcher], after: list[Watcher]) -> None:
+        self._tap, self.ready = tap, ready
+        self.before, self.after = before, after
+        self.missed = 0
         self._enc = enc_headers(ready.sa)
         self._open, self._open_run = ready.open, ready.open_run
         self.sa, self.is_tunnel = ready.sa, ready.is_tunnel
@@ -196,6 +231,9 @@ class _Ready:
     ) -> Opened:
         """See :class:`InboundSa`.  What the policy refuses afterwards is shown: it did come out of the SA."""
         opened = self._open(packet, view, offset, encapsulated, now, emit)
+        if self._tap.quiet:
+            self.missed += not opened[0]
+            return opened
         reason, next_header, payload = opened
         if not reason and next_header != IPPROTO_NONE:
             self._show(packet, view, next_header, payload)
@@ -207,16 +245,17 @@ class _Ready:
     ) -> list[Group]:  # fmt: skip
         """See :class:`InboundSa`."""
         groups = self._open_run(packets, numbers, view, offset, encapsulated, now, emit)
-        if groups:
+        if self._tap.quiet:
+            self.missed += sum([len(group.plaintexts) for group in groups])
+        elif groups:
             enc = self._enc[view.version]
-            for watcher in self._before:
-                self._show_run(watcher, groups, BEFORE, enc, view)
-            for watcher in self._after:
-                self._show_run(watcher, groups, AFTER, None, view)
+            shown = [self._show_run(watcher, groups, BEFORE, enc, view) for watcher in self.before]
+            shown += [self._show_run(watcher, groups, AFTER, None, view) for watcher in self.after]
+            self._tap.quiet = not any(shown)
         return groups
 
-    def _show_run(self, watcher: Watcher, groups: list[Group], kind: int, enc: bytes | None, view: PacketView) -> None:
-        """Without ``enc`` the outer header is off.  When there is no room for one, none of those behind it is tried."""
+    def _show_run(self, watcher: Watcher, groups: list[Group], kind: int, enc: bytes | None, view: PacketView) -> bool:
+        """Without ``enc`` the outer header is off.  False: there was no room for all, and what came last was not tried."""
         left = sum([len(group.plaintexts) for group in groups])
         for group in groups:
             name = enc or self._enc[6 if group.next_header == IPPROTO_IPV6 else 4]
@@ -224,27 +263,32 @@ class _Ready:
                 left -= 1
                 if not watcher.take():
                     watcher.drop(left)
-                    return
+                    return False
                 end = min(group.end, _length(plaintext))
                 front = _outer(view, group.next_header, end) if enc is not None else b""
                 watcher.record(kind, name, front, memoryview(plaintext)[:end])
+        return True
 
     def _show(self, packet: Buffer, view: PacketView, next_header: int, payload: bytes) -> None:
         tunnel = self.is_tunnel(next_header)
         if tunnel:
             payload = payload[: _length(payload)]
-        for watcher in self._before:
+        room = False
+        for watcher in self.before:
             if watcher.take():
+                room = True
                 front = own_header(packet, view, next_header, len(payload))
                 watcher.record(BEFORE, self._enc[view.version], front, payload)
-        for watcher in self._after:
+        for watcher in self.after:
             if not watcher.take():
                 continue
+            room = True
             if tunnel:
                 watcher.record(AFTER, self._enc[6 if next_header == IPPROTO_IPV6 else 4], b"", payload)
             else:
                 front = own_header(packet, view, next_header, len(payload))
                 watcher.record(AFTER, self._enc[view.version], front, payload)
+        self._tap.quiet = not room
 
 
 def _outer(view: PacketView, protocol: int, length: int) -> bytes:
