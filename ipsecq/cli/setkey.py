@@ -13,6 +13,7 @@ import ipsecq
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 from ipsecq.setkey.parser import parse
+from ipsecq.setkey.values import format_address
 
 _PART: Final = 16 << 10
 """Characters of a file in one request: far below the control socket's limit, however they are escaped."""
@@ -24,12 +25,19 @@ def setkey(
     dump: Annotated[bool, typer.Option("-D", help="Show the SAs, with -P the policies.  Keys: to root alone.")] = False,
     flush: Annotated[bool, typer.Option("-F", help="Remove the SAs, with -P the policies.")] = False,
     policies: Annotated[bool, typer.Option("-P", help="With -D and -F: policies in place of SAs.")] = False,
-    monitor: Annotated[bool, typer.Option("-x", help="Show every PF_KEY message, until interrupted.")] = False,
+    monitor: Annotated[
+        int, typer.Option("-x", count=True, help="Show every PF_KEY message, until interrupted; twice: times as numbers.")
+    ] = 0,
+    hexadecimal: Annotated[bool, typer.Option("-h", "-H", help="With -x: the octets, without keys.")] = False,
+    loop: Annotated[bool, typer.Option("-l", help="With -D: one line an SA, every second, until interrupted.")] = False,
     check: Annotated[bool, typer.Option("-n", help="Check the sentences and change nothing.")] = False,
     verbose: Annotated[bool, typer.Option("-v", help="Say how many sentences were carried out.")] = False,
     every: Annotated[bool, typer.Option("-a", help="Accepted: dead SAs are not kept, so none is hidden.")] = False,
     ports: Annotated[bool, typer.Option("-p", help="Accepted: ports of UDP encapsulation are always shown.")] = False,
     kernel: Annotated[bool, typer.Option("-k", help="Accepted: policies for forwarding are part of `in` here.")] = False,
+    rfc: Annotated[bool, typer.Option("-r", help="Accepted: as -k.")] = False,
+    scope: Annotated[bool, typer.Option("-g", help="Accepted: all policies have global scope.")] = False,
+    tied: Annotated[bool, typer.Option("-t", help="With -D -P: those of if_ipsec(4): there are none.")] = False,
     atomic: Annotated[bool, typer.Option("--atomic", help="All sentences take effect, or none.")] = False,
     version: Annotated[bool, typer.Option("-V", help="Print the version.")] = False,
     config: Annotated[
@@ -40,18 +48,22 @@ def setkey(
     if version:
         print(f"ipsecq {ipsecq.__version__} setkey")
         return
-    if sum((file is not None, stdin, dump, flush, monitor)) != 1:
+    if sum((file is not None, stdin, dump, flush, bool(monitor))) != 1:
         raise typer.BadParameter("give one of -c, -f FILE, -D, -F and -x")
     if file is not None or stdin:
         _carry_out(config, file, check=check, atomic=atomic, verbose=verbose)
         return
     settings = configuration.load(config)
-    if dump:
+    if dump and loop and not policies:
+        _watch(settings.pfkey_socket)
+    elif dump and policies and tied and not scope:
+        print("No SPD entries.")
+    elif dump:
         _show(settings.control_socket, what="spd" if policies else "sad")
     elif flush:
         _execute(settings.control_socket, "spdflush;" if policies else "flush;", "", atomic=False)
     else:
-        _monitor(settings.pfkey_socket)
+        _monitor(settings.pfkey_socket, numbers=monitor > 1, hexadecimal=hexadecimal)
 
 
 def _carry_out(config: Path, file: Path | None, *, check: bool, atomic: bool, verbose: bool) -> None:
@@ -99,10 +111,10 @@ def _show(socket: Path, **request: Any) -> None:
         request = {"token": answer["token"]}
 
 
-def _monitor(socket: Path) -> None:
+def _monitor(socket: Path, *, numbers: bool, hexadecimal: bool) -> None:
     from ipsecq.pfkey.client import PfkeyClient  # noqa: PLC0415
     from ipsecq.pfkey.constants import MessageType  # noqa: PLC0415
-    from ipsecq.pfkey.messages import Message  # noqa: PLC0415
+    from ipsecq.pfkey.messages import Message, build  # noqa: PLC0415
 
     with PfkeyClient.connect(socket) as client:
         client.socket.settimeout(None)
@@ -111,11 +123,43 @@ def _monitor(socket: Path) -> None:
             message = client.receive()
             spi = f" spi=0x{message.sa.spi:08x}" if message.sa is not None else ""
             error = f" errno={message.errno}" if message.errno else ""
+            now = f"{time.time():.6f}" if numbers else time.strftime("%H:%M:%S")
             print(
-                f"{time.strftime('%H:%M:%S')} SADB_{MessageType(message.type).name} satype={message.satype}"
+                f"{now} SADB_{MessageType(message.type).name} satype={message.satype}"
                 f" seq={message.seq} pid={message.pid}{spi}{error}",
                 flush=True,
             )
+            if hexadecimal:
+                message.key_auth = message.key_encrypt = None
+                octets = build(message, client.dialect)
+                for at in range(0, len(octets), 16):
+                    print("        " + octets[at : at + 16].hex(" ", 4), flush=True)
+
+
+def _watch(socket: Path) -> None:
+    """``setkey -D -l``: age and hard limit in seconds of every SA, again and again."""
+    from ipsecq.pfkey.client import PfkeyClient  # noqa: PLC0415
+
+    states = {0: "L", 1: "M", 2: "D", 3: "d"}
+    names = {2: "ah", 3: "esp", 9: "ipc"}
+    print("time p   s spi      ltime       src -> dst")
+    with PfkeyClient.connect(socket) as client:
+        while True:
+            now = int(time.time())
+            for message in client.dump():
+                if message.sa is None or message.src is None or message.dst is None:
+                    continue
+                current, hard = message.lifetime_current, message.lifetime_hard
+                age = now - current.addtime if current is not None else 0
+                limit = hard.addtime if hard is not None else 0
+                print(
+                    f"{now % 10000:04} {names.get(message.satype, str(message.satype)):3} "
+                    f"{states.get(message.sa.state, '?')} {message.sa.spi:08x} {age:5}/{limit:<5} "
+                    f"{format_address(message.src.address)} -> {format_address(message.dst.address)}",
+                    flush=True,
+                )
+            client.events.clear()
+            time.sleep(1.0)
 
 
 importer = typer.Typer(help="Other systems' configuration as sentences of setkey(8).", no_args_is_help=True)

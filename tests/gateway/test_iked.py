@@ -212,6 +212,8 @@ def rekey_under_load(world, seconds, every):
 
 def check_rekeys(world, outcome):
     statuses = [gateway.status() for gateway in world.gateways]
+    counts = [site.host.run("nstat", "-az", "TcpRetransSegs", "TcpOutSegs").stdout for site in world.network.sites]
+    print(f"{outcome.rekeys} rekeys, {outcome.sent} numbered datagrams, {len(outcome.transfers)} transfers", counts)
     print([status["counters"] for status in statuses])
     print([[worker["kernel_drops"] for worker in status["workers"]] for status in statuses])
     assert outcome.rekeys >= 3

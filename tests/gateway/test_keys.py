@@ -184,3 +184,34 @@ def test_a_dump_of_20_000_sas_reaches_a_slow_reader_whole_while_others_change_th
                 time.sleep(0.2)
                 setkey(gateways[0], f"delete 10.0.0.1 10.0.0.2 esp {0x10000 + 19_999 - number};")
         assert sorted(spis) == list(range(0x10000, 0x10000 + 20_000))
+
+
+def watch(gateway, *options, until):
+    """The lines that a command that goes on for ever prints, until one of them holds a text."""
+    argv = gateway.space.argv((sys.executable, "-m", "ipsecq", "setkey", *options, "--config", str(gateway.config)))
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if until in line:
+                break
+            if len(lines) == 1 and "-D" not in options:  # it listens
+                keys = f"-E aes-cbc 0x{'0f' * 16} -A hmac-sha2-256 0x{'5a' * 32}"
+                setkey(gateway, f"add 10.0.0.1 10.0.0.2 esp 0x3055 -lh 600 -ls 500 {keys};")
+        process.terminate()
+    return lines
+
+
+def test_setkey_shows_messages_and_sas_as_they_come_and_go(pair):
+    _, gateways = pair
+    shown = "".join(watch(gateways[0], "-xx", "-h", until="0a000002"))
+    assert "SADB_ADD satype=3" in shown
+    assert "spi=0x00003055" in shown
+    assert shown.split()[0].replace(".", "").isdigit()
+    assert "5a5a5a5a" not in shown
+    lines = watch(gateways[0], "-D", "-l", until="00003055")
+    assert lines[0].split() == ["time", "p", "s", "spi", "ltime", "src", "->", "dst"]
+    assert lines[-1].split()[1:4] == ["esp", "M", "00003055"]
+    assert "/600" in lines[-1]
+    assert gateways[0].command("setkey", "-D", "-P", "-t").stdout == "No SPD entries.\n"
+    assert gateways[0].command("setkey", "-D", "-P", "-g", "-r").stdout != "No SPD entries.\n"
