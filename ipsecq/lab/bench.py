@@ -71,7 +71,7 @@ def udp_kpps(network: Network, seconds: float) -> tuple[float, float]:
     """(delivered, offered) datagrams in thousands a second.  The receiver's kernel counts, no program reads."""
     with network.two.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
         sink.bind((network.two.host4, UDP_PORT))
-        before = _arrived(network.two.host)
+        before = arrived(network.two.host)
         started = time.monotonic()
         done = network.one.host.run(
             sys.executable, "-m", "ipsecq.lab.blast", network.two.host4, str(UDP_PORT), str(seconds), str(UDP_OCTETS),
@@ -79,13 +79,13 @@ def udp_kpps(network: Network, seconds: float) -> tuple[float, float]:
         )  # fmt: skip
         sent = int(done.stdout)
         # Datagrams still in queues arrive late; the time that they take counts.
-        count, elapsed = _arrived(network.two.host), time.monotonic() - started
+        count, elapsed = arrived(network.two.host), time.monotonic() - started
         while (more := _arrived_after(network.two.host, 0.2)) - count > sent * 0.001:
             count, elapsed = more, time.monotonic() - started
     return (count - before) / max(seconds, elapsed - 0.1) / 1e3, sent / seconds / 1e3
 
 
-def _arrived(space: Namespace) -> int:
+def arrived(space: Namespace) -> int:
     """UDP datagrams that reached a socket of this namespace, read or not."""
     lines = [line.split() for line in space.run("cat", "/proc/net/snmp").stdout.splitlines() if line.startswith("Udp:")]
     counters = dict(zip(lines[0], lines[1], strict=True))
@@ -95,7 +95,7 @@ def _arrived(space: Namespace) -> int:
 
 def _arrived_after(space: Namespace, seconds: float) -> int:
     time.sleep(seconds)
-    return _arrived(space)
+    return arrived(space)
 
 
 def measure(path: Path, seconds: float, samples: Samples) -> None:
