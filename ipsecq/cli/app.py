@@ -165,6 +165,7 @@ def exec_(context: typer.Context, config: ConfigOption = configuration.DEFAULT_P
     execution.run(
         context.args, settings.pfkey_socket,
         mark_done=marks.mark_done, mark_mask=marks.mark_done | marks.mark_stolen,
+        sockets_path=settings.sockets_socket,
     )  # fmt: skip
 
 

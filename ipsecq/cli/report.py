@@ -88,6 +88,12 @@ def status(answer: dict[str, Any]) -> str:
             lines.append(f"      DOES NOT SEND: {sa['problem']}")
     lines += ["", f"Policies ({answer['policy_count']})"]
     lines += [f"{policy['id']:4}  {policy['policy']}" for policy in answer["policies"]]
+    if answer["sockets"]:
+        lines += ["", f"Policies of sockets ({len(answer['sockets'])})"]
+        for pair in answer["sockets"]:
+            count = "from before the daemon's start" if pair["inherited"] else f"{pair['sockets']} open"
+            extra = "" if pair["privileged"] else ", behind the SPD"
+            lines += [f"mark {pair['mark']}, {count}{extra}", f"      {pair['out']}", f"      {pair['in']}"]
     lines += ["", "Counters"]
     lines.append(table(("name", "count"), sorted(answer["counters"].items())))
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from ipsecq.daemon.undo import Undo
 from ipsecq.errors import IpsecqError
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import FIRST_ID, SocketPolicy
 from ipsecq.policy.spd import Spd
 from ipsecq.sa import lifetime
 from ipsecq.sa.association import SaKey, SecurityAssociation, Slot
@@ -142,6 +143,8 @@ class Authority:
             yield ("sa_put", sa)
             yield ("sa_withdraw", *key)
         yield ("spd_replace", self.spd.dump())
+        for policy in self.spd.sockets.values():
+            yield ("socket_put", policy)
         if mark:
             yield ("until_mark", mark)
 
@@ -351,6 +354,29 @@ class Authority:
         for policy in gone:
             self.observer("policy_deleted", policy)
         return gone
+
+    def put_socket(self, policy: SocketPolicy) -> None:
+        """Add or replace the policies of a mark."""
+        self.spd.put_socket(policy)
+        self._operations.append(("socket_put", policy))
+
+    def again(self, policy: SocketPolicy) -> None:
+        """One more socket has a mark that is known: workers forget what they remember about flows."""
+        self._operations.append(("socket_again", policy))
+
+    def drop_socket(self, mark: int) -> None:
+        """Forget a mark that no socket has."""
+        self.spd.drop_socket(mark)
+        self._operations.append(("socket_drop", mark))
+
+    def policy(self, policy_id: int) -> Policy:
+        """The policy with this id, of the SPD or of a socket.  SpdError ENOENT."""
+        if policy_id >= FIRST_ID:
+            for pair in self.spd.sockets.values():
+                for policy in pair.policies():
+                    if policy.id == policy_id:
+                        return policy
+        return self.spd.get(policy_id)
 
     def set_sysctl(self, name: str, value: int | str) -> tuple[int, int]:
         """Set a knob; (old, new).  SysctlError."""

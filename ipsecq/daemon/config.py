@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from ipsecq.daemon.options import (
+    MARK_SOCKETS,
     SECTIONS,
     DaemonConfig,
     LogConfig,
@@ -76,6 +77,11 @@ class Config:
         return self.run_dir / "pfkey"
 
     @property
+    def sockets_socket(self) -> Path:
+        """Where programs ask for policies of their sockets."""
+        return self.run_dir / "sockets"
+
+    @property
     def metrics_address(self) -> tuple[str, int] | None:
         """(host, port) of ``metrics.listen``, or None."""
         return _address(self.metrics.listen) if self.metrics.listen else None
@@ -91,6 +97,7 @@ class Config:
             mark_mask=table.mark_done | table.mark_stolen,
             mark_done=table.mark_done,
             mark_stolen=table.mark_stolen,
+            mark_sockets=table.mark_sockets,
             enc_device=table.enc_device,
             natt_ports=table.natt_ports,
             queue_bypass=table.queue_bypass,
@@ -217,6 +224,10 @@ class _Checker:
                 ("nftables", "reqid_mark"), "reqid_mark: expected adjacent bits, clear of mark_done and mark_stolen",
                 value=True,
             )  # fmt: skip
+        sockets = config.nftables.mark_sockets
+        if sockets != MARK_SOCKETS and sockets & (marks[0] | marks[1] | field):
+            message = "mark_sockets: shares bits with mark_done, mark_stolen or reqid_mark"
+            raise self.error(("nftables", "mark_sockets"), message)
         queues = config.workers * (config.daemon.lanes + config.offload.gso)
         if config.daemon.queue_base + queues > 65536:
             raise self.error(("daemon", "queue_base"), f"{queues} queues from here on pass 65535", value=True)

@@ -226,7 +226,7 @@ class KeyService:
         if len(src) != len(dst) or len(src) not in (4, 16) or len(self.server.acquires) >= MAX_ACQUIRES:
             return False
         try:
-            policy = self._authority.spd.get(policy_id)
+            policy = self._authority.policy(policy_id)
         except SpdError:
             return False  # deleted a moment ago
         for transform in policy.transforms:

@@ -43,6 +43,7 @@ class WorkerSetup:
     """Queue in which the kernel cuts super-packets; -1: no super-packets, please."""
     mark_done: int
     mark_stolen: int
+    mark_sockets: int
     enc_device: str
     coalesce: bool
     udp: tuple[UdpSocket, ...]

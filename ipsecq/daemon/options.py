@@ -13,6 +13,9 @@ from typing import Any, Final
 QUEUE_BASE: Final = 0x4950
 """18768, "IP": away from the small numbers that other users of NFQUEUE take first."""
 
+MARK_SOCKETS: Final = 0xFCFF0000
+"""The first 63 policies of sockets use the top six bits alone, where few others' marks are."""
+
 
 def _option(
     default: Any,
@@ -119,6 +122,14 @@ class NftablesConfig:
         0x02000000,
         "Bit of the packet mark that says: replaced by what ipsecq sent. Your own rules must not change it.",
         within=(1, 0xFFFFFFFF),
+        shape="hex",
+        restart=True,
+    )
+    mark_sockets: int = _option(
+        MARK_SOCKETS,
+        "Bits of the packet mark that name the policy of the sending socket, filled from the highest down; 0: sockets have "
+        "no policies of their own. Your own rules must not change them.",
+        within=(0, 0xFFFFFFFF),
         shape="hex",
         restart=True,
     )

@@ -123,7 +123,7 @@ def _entry(option: Field[Any], hint: Any) -> Entry:
         kind = "true or false"
     elif "within" in metadata:
         low, high = metadata["within"]
-        kind = f"{low} to {high}" if shape != "hex" else "a single bit"
+        kind = f"{low} to {high}" if shape != "hex" else "a single bit" if low else "bits"
     else:
         kind = shape
     default = option.default

@@ -10,6 +10,9 @@ Operations, by name (first item of the tuple) and arguments:
     spd_replace [POLICY, …]    the whole SPD at once, ids kept
     spd_put POLICY             add it, or put it in the place of the one with the same direction and selector
     spd_delete ID
+    socket_put POLICY          the policies of a mark of sockets
+    socket_again POLICY        one more socket has that mark
+    socket_drop MARK           no socket has that mark any more
     sysctl NAME VALUE
     path_mtu DST MTU           learned by another worker
     routes_changed
@@ -31,15 +34,17 @@ from ipsecq.daemon.messages import Operation
 from ipsecq.errors import DaemonError, SadError, SpdError
 from ipsecq.numbers import SaState
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
 _TABLES = frozenset(
-    {"sa_put", "sa_delete", "sa_larval", "sa_state", "sa_withdraw", "spd_replace", "spd_put", "spd_delete", "sysctl"}
+    {"sa_put", "sa_delete", "sa_larval", "sa_state", "sa_withdraw", "spd_replace", "spd_put", "spd_delete", "sysctl",
+     "socket_put", "socket_again", "socket_drop"}
 )
-_USEFUL = frozenset({"sa_put", "spd_replace", "spd_put", "spd_delete", "sysctl"})
+_USEFUL = frozenset({"sa_put", "spd_replace", "spd_put", "spd_delete", "sysctl", "socket_put"})
 """Operations after which a packet that waits may find its way."""
 
 
@@ -70,6 +75,9 @@ class Replica:
             "spd_replace": self._spd_replace,
             "spd_put": self._spd_put,
             "spd_delete": self._spd_delete,
+            "socket_put": self._socket_put,
+            "socket_again": self._socket_put,
+            "socket_drop": self._socket_drop,
             "sysctl": self._sysctl,
             "path_mtu": self._path_mtu,
             "routes_changed": self._routes_changed,
@@ -138,6 +146,12 @@ class Replica:
             self.spd.delete_id(policy_id)
         except SpdError:
             return  # it went with a replacement a moment ago
+
+    def _socket_put(self, policy: SocketPolicy) -> None:
+        self.spd.put_socket(policy)
+
+    def _socket_drop(self, mark: int) -> None:
+        self.spd.drop_socket(mark)
 
     def _sysctl(self, name: str, value: int) -> None:
         self.sysctl.set(name, value)

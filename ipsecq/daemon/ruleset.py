@@ -24,6 +24,7 @@ from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.setkey import printer
 from ipsecq.sysctl import Sysctl
 
@@ -31,6 +32,8 @@ log: Final = logging.getLogger(f"{LOGGER}.ruleset")
 
 Wanted = Callable[[], tuple[list[Policy], Sysctl]]
 """The policies and knobs that are in force now."""
+Sockets = Callable[[], dict[int, SocketPolicy]]
+"""The policies of sockets, by mark."""
 
 
 class Ruleset:
@@ -41,12 +44,13 @@ class Ruleset:
         config: Config,
         history: History,
         wanted: Wanted,
+        sockets: Sockets,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         routes_changed: Callable[[], None],
     ) -> None:
         self.busy = asyncio.Lock()
         self._config, self._history, self._wanted, self._spawn = config, history, wanted, spawn
-        self._routes_changed = routes_changed
+        self._sockets, self._routes_changed = sockets, routes_changed
         self._repair_due = self._looking = False
         self._open = False
         """From the first queue statement to the stop: what is missing is loaded again."""
@@ -72,7 +76,7 @@ class Ruleset:
         self.links = LinkWatcher()
         stack.callback(self.links.close)
         self._say_what_fails_open()
-        await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices())
+        await self._replace()
         loop = asyncio.get_running_loop()
         loop.add_reader(self.links.fileno(), self._links_changed)
         stack.callback(loop.remove_reader, self.links.fileno())
@@ -105,10 +109,19 @@ class Ruleset:
         copy = Sysctl(sysctl.all())  # read in another thread
         self._spawn(asyncio.to_thread(blocked.save, directory, policies, self.loader.settings, copy))
 
-    async def update(self) -> None:
-        """Follow the SPD and the knobs; the caller holds ``busy``."""
+    async def _replace(self) -> None:
+        await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices(), self._sockets())
+
+    async def update(self, *, sockets_only: bool = False) -> None:
+        """Follow SPD, knobs and the policies of sockets; the caller holds ``busy``.
+
+        ``sockets_only``: nothing else has changed, and a hundred thousand policies need no look.
+        """
+        sockets = dict(self._sockets())
+        if sockets_only and await asyncio.to_thread(self.loader.update_sockets, sockets):
+            return
         self._say_what_fails_open()
-        await asyncio.to_thread(self.loader.update, *self._wanted())
+        await asyncio.to_thread(self.loader.update, *self._wanted(), sockets)
 
     async def reload_inner(self) -> None:
         """Read the operator's inner rules again.  NetfilterError: they stay as they were."""
@@ -135,7 +148,7 @@ class Ruleset:
             log.error("our nftables tables were changed or removed by somebody else: loaded again")
             self._history.ruleset_repairs += 1
             try:
-                await asyncio.to_thread(self.loader.replace, *self._wanted(), self._devices())
+                await self._replace()
                 await asyncio.to_thread(self.loader.open_queues)
             except NetfilterError as error:
                 log.error("%s", error)

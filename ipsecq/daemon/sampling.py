@@ -14,8 +14,10 @@ import ipsecq
 from ipsecq.counters import COUNTERS_WORDS, HISTOGRAM_BASE, Counter
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.pool import WorkerPool
+from ipsecq.daemon.sockets import SocketPolicies
 from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
+from ipsecq.errors import NetfilterError
 from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
@@ -27,6 +29,17 @@ SHOWN: Final = 10_000
 """SAs and policies in one status answer, unless more are asked for."""
 LOCAL_SECONDS: Final = 10.0
 """How long the kernel's word whether an address is ours is believed."""
+KERNEL_COUNTERS: Final = {
+    "in_clear_dropped": Counter.IN_POLVIO,
+    "in_discard_dropped": Counter.IN_DISCARD,
+    "in_default_dropped": Counter.IN_DISCARD,
+    "out_discard_dropped": Counter.OUT_DISCARD,
+    "out_default_dropped": Counter.OUT_DISCARD,
+    "out_unguarded_dropped": Counter.OUT_POLVIO,
+    "natt_keepalives": Counter.NATT_KEEPALIVE,
+}
+"""Counters of our nftables table, and what the same is called when a worker does it."""
+
 OTHER: Final = "other"
 """Stands for the peers beyond the limit."""
 
@@ -62,6 +75,10 @@ class Sampler:
         self._authority, self._pool, self._loader, self._history = authority, pool, loader, history
         self._sa_limit, self._peer_limit, self._bypass = sa_limit, peer_limit, bypass
         self._tunnels = Tunnels(authority)
+        self._kernel: dict[str, tuple[int, int]] = {}
+        """Name of a counter of our table → (what went with tables before this one, what it said last)."""
+        self.sockets: SocketPolicies | None = None
+        """Set when it is there."""
         self._local: dict[bytes, tuple[float, bool]] = {}
 
     def snapshot(self, sa_limit: int = -1) -> Snapshot:
@@ -76,6 +93,7 @@ class Sampler:
             states[_PROTOCOL_NAMES[sa.protocol], direction, _STATE_NAMES[sa.state]] += 1
             if number < limit:
                 shown.append(self._sample(sa, direction, youngest))
+        pairs, sockets = self.sockets.counts() if self.sockets is not None else (0, 0)
         tunnels = self.tunnels()
         return Snapshot(
             workers=self.workers(),
@@ -98,6 +116,9 @@ class Sampler:
             fail_open=self.fail_open(policies),
             mechanism=self._loader.mechanism or "",
             devices=sorted(dict(self._loader.guarded).values()),
+            kernel=self.kernel(),
+            socket_pairs=pairs,
+            socket_count=sockets,
         )
 
     def policies(self) -> list[Policy]:
@@ -113,11 +134,25 @@ class Sampler:
         return len(policies) if self._bypass else sum(policy.fail_open for policy in policies)
 
     def counters(self) -> list[int]:
-        """All workers' counters, summed."""
+        """All workers' counters, summed, and the kernel's."""
         total = [0] * COUNTERS_WORDS
         for worker in self._pool.workers:
             total = [before + more for before, more in zip(total, worker.counters, strict=True)]
+        for counter, packets in self.kernel().items():
+            total[counter] += packets
         return total
+
+    def kernel(self) -> dict[int, int]:
+        """What our rules dropped or took without a worker, by Counter; never goes back, whatever becomes of our table."""
+        with contextlib.suppress(OSError, NetfilterError):
+            for name, (packets, _) in self._loader.counters().items():
+                before, last = self._kernel.get(name, (0, 0))
+                self._kernel[name] = (before + last if packets < last else before), packets
+        found = Counts[int]()
+        for name, (before, last) in list(self._kernel.items()):
+            if name in KERNEL_COUNTERS:
+                found[int(KERNEL_COUNTERS[name])] += before + last
+        return dict(found)
 
     def peers(self) -> list[PeerSample]:
         """Totals by peer and direction, in the order in which they came."""
@@ -156,6 +191,7 @@ class Sampler:
             "sas": [self._show_sa(sa) for sa in sas[offset : offset + limit]],
             "policy_count": len(policies),
             "policies": [_show_policy(policy) for policy in policies[offset : offset + limit]],
+            "sockets": self.sockets.show() if self.sockets is not None else [],
             "counters": {
                 counter.name.lower(): total[counter] for counter in Counter if total[counter] and counter < HISTOGRAM_BASE
             },

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ipsecq.counters import Counter
 from ipsecq.daemon import content as files
-from ipsecq.daemon import privileges
+from ipsecq.daemon import privileges, socketstore
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
@@ -36,6 +36,8 @@ from ipsecq.daemon.requests import Requests
 from ipsecq.daemon.ruleset import Ruleset
 from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
+from ipsecq.daemon.socket_server import SocketServer
+from ipsecq.daemon.sockets import SocketPolicies
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.tap import TapServer
@@ -48,12 +50,14 @@ from ipsecq.engine.tables import Tables
 from ipsecq.errors import DaemonError, IpsecqError, StateError
 from ipsecq.metrics.server import MetricsServer
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.sysctl import Sysctl
 
 log: Final = logging.getLogger(f"{LOGGER}.supervisor")
 
 _RULES: Final = frozenset({"spd_replace", "spd_put", "spd_delete", "sysctl"})
+_SOCKET_RULES: Final = frozenset({"socket_put", "socket_drop"})
 """Operations that nftables has to follow."""
 
 TICK: Final = 0.5
@@ -85,14 +89,23 @@ class Supervisor:
         self._from_files: set[SaKey] = set()
         self._rules_due = False
         """The SPD or a knob has changed and nftables does not know yet."""
+        self._sockets_due = False
+        """The same of the policies of sockets."""
+        self._saved_sockets: dict[int, SocketPolicy] = {}
         self._last_problem = ""
-        self.ruleset = Ruleset(self.config, self.history, self._wanted, self.spawn, self._routes_changed)
+        self.ruleset = Ruleset(
+            self.config, self.history, self._wanted, self._wanted_sockets, self.spawn, self._routes_changed
+        )  # fmt: skip
 
     def _wanted(self) -> tuple[list[Policy], Sysctl]:
         """What the kernel's rules have to say: the authority's policies and knobs, before it is there the files'."""
         if hasattr(self, "authority"):
             return self.authority.spd.dump(), self.authority.sysctl
         return self.content.spd.dump(), self.content.sysctl
+
+    def _wanted_sockets(self) -> dict[int, SocketPolicy]:
+        """The policies of sockets; before the authority is there, what the daemon before us left."""
+        return self.authority.spd.sockets if hasattr(self, "authority") else self._saved_sockets
 
     def _routes_changed(self) -> None:
         if hasattr(self, "pool"):
@@ -124,8 +137,11 @@ class Supervisor:
         make_directory(config.run_dir, 0o755)
         make_directory(config.state_dir, 0o700)
         lock = stack.enter_context(RunLock(config.run_dir / "lock"))
+        boot = boot_identity()
+        for policy in socketstore.load(config.run_dir, boot, config.netfilter().mark_sockets):
+            self._saved_sockets[policy.mark] = policy
         await self.ruleset.start(stack)
-        self.table = SharedTable.open(config.run_dir / "table", boot_identity())
+        self.table = SharedTable.open(config.run_dir / "table", boot)
         stack.callback(self.table.close)
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
         if self.book.problem:
@@ -134,6 +150,8 @@ class Supervisor:
             self.table, self.book, rekey_grace=config.daemon.rekey_grace, peer_limit=2 * config.metrics.peer_limit
         )
         self.authority.become(self.content.sad, self.content.spd, config.sysctl)
+        for policy in self._saved_sockets.values():
+            self.authority.put_socket(policy)
         self._from_files = {sa.key for sa in self.content.sad}
         for problem in self.authority.problems.values():
             log.warning("%s", problem)
@@ -173,6 +191,14 @@ class Supervisor:
         stack.callback(self.taps.close)
         self.keys = KeyService(self.authority, config, self.publish, self.spawn, self._acquire_failed)
         stack.callback(self.keys.close)
+        self.sockets = SocketPolicies(
+            self.authority, self.ruleset.loader.settings, config.run_dir, boot, self.publish
+        )  # fmt: skip
+        stack.callback(self.sockets.close)
+        self.sampler.sockets = self.sockets
+        socket_server = SocketServer(config.sockets_socket, self.sockets)
+        socket_server.start()
+        stack.push_async_callback(socket_server.close)
         loop = asyncio.get_running_loop()
         loop.add_reader(self.keys.fileno(), self.keys.on_readable)
         stack.callback(loop.remove_reader, self.keys.fileno())
@@ -236,8 +262,15 @@ class Supervisor:
             self.keys.tick()
             self.nat.keep_alive(time.time())
             self.taps.look(self.config.nftables.enc_device)
+            await self._tick_sockets()
             await self.ruleset.repair()
             self.watch.tick()
+
+    async def _tick_sockets(self) -> None:
+        try:
+            await self.sockets.tick()
+        except IpsecqError as error:
+            log.error("%s", error)
 
     def _top_up(self, slot: int) -> None:
         try:
@@ -288,7 +321,9 @@ class Supervisor:
         """Bring what changed to all workers, then to nftables.  Raises DaemonError, NetfilterError."""
         async with self.ruleset.busy:
             while batch := self.authority.take():
-                self._rules_due = self._rules_due or any(operation[0] in _RULES for operation in batch.operations)
+                names = {operation[0] for operation in batch.operations}
+                self._rules_due = self._rules_due or not names.isdisjoint(_RULES)
+                self._sockets_due = self._sockets_due or not names.isdisjoint(_SOCKET_RULES)
                 generation = self.pool.broadcast(batch.operations)
                 try:
                     await self.pool.settled(generation)
@@ -296,9 +331,9 @@ class Supervisor:
                     self.authority.undone(batch)
                     raise
                 self.authority.done(batch)
-            if self._rules_due:
-                await self.ruleset.update()
-                self._rules_due = False
+            if self._rules_due or self._sockets_due:
+                await self.ruleset.update(sockets_only=not self._rules_due)
+                self._rules_due = self._sockets_due = False
 
     async def reload(self) -> str:
         """Read the files again and take all of it over, or nothing.  ConfigError says why not."""
@@ -354,7 +389,7 @@ class Supervisor:
         setup = WorkerSetup(
             self._queues(index)[: settings.lanes],
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
-            settings.mark_done, settings.mark_stolen, self.config.nftables.enc_device,
+            settings.mark_done, settings.mark_stolen, settings.mark_sockets, self.config.nftables.enc_device,
             self.config.offload.coalesce, tuple(self.ruleset.udp.sockets), settings.natt_ports[0], self.config.log,
             self._journal,
         )  # fmt: skip

@@ -33,6 +33,7 @@ from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.sockdiag import SocketLookup
 from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Event, Expired, PathMtuLearned, PeerMoved
@@ -153,6 +154,7 @@ class Worker:
         tables = Tables(
             replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom,
             larval=replica.larval, burst_ports=frozenset({setup.udp_port} if setup.udp else ()),
+            socket_of=SocketLookup(setup.mark_sockets, setup.enc_device),
         )  # fmt: skip
         counters = cast("MutableSequence[int]", self._counters)
         outbound = OutboundRuns(tables, path_mtu.mtu_of, path_mtu.source_for)
@@ -167,6 +169,7 @@ class Worker:
             inbound,
             counters,
             mark_stolen=setup.mark_stolen,
+            mark_sockets=setup.mark_sockets,
             path_mtu=path_mtu,
             control_fd=self._socket.fileno(),
             on_control=self._control,

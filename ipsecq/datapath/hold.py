@@ -35,16 +35,16 @@ class Holder:
         self.waiting = 0
         self.dropped = 0
         # Insertion order is the order of first packets, so the oldest key comes first.
-        self._packets: dict[Hashable, list[tuple[float, bytes]]] = {}
+        self._packets: dict[Hashable, list[tuple[float, bytes, int]]] = {}
 
-    def hold(self, key: Hashable, packet: bytes, now: float) -> int:
-        """Keep a packet; returns how many others, or itself, were dropped for want of room."""
+    def hold(self, key: Hashable, packet: bytes, now: float, mark: int = 0) -> int:
+        """Keep a packet, with its socket's mark; returns how many others, or itself, were dropped for want of room."""
         before = self.dropped
         if self._per_key <= 0 or self._total <= 0 or len(packet) > self._max_octets:
             self.dropped += 1
             return 1
         kept = self._packets.setdefault(key, [])
-        kept.append((now, packet))
+        kept.append((now, packet, mark))
         self.waiting += 1
         self._octets += len(packet)
         if len(kept) > self._per_key:
@@ -61,11 +61,11 @@ class Holder:
         """Give back the packets of a key, oldest first, and forget them."""
         kept = self._packets.pop(key, [])
         self.waiting -= len(kept)
-        self._octets -= sum(len(packet) for _, packet in kept)
-        return [packet for _, packet in kept]
+        self._octets -= sum(len(packet) for _, packet, _ in kept)
+        return [packet for _, packet, _ in kept]
 
-    def release_all(self) -> list[tuple[float, bytes]]:
-        """Give back every packet with the time of its arrival, in the order of arrival, and forget them."""
+    def release_all(self) -> list[tuple[float, bytes, int]]:
+        """Give back every packet as (time of its arrival, packet, mark), in the order of arrival, and forget them."""
         packets = [entry for kept in self._packets.values() for entry in kept]
         packets.sort(key=lambda entry: entry[0])
         self._packets.clear()

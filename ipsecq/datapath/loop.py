@@ -59,13 +59,18 @@ class Engine(Protocol):
         """The fate of one whole IP datagram: a Fate, or the Counter of a drop that the engine has counted."""
 
 
-class OutboundEngine(Engine, Protocol):
-    """The outbound direction, which takes TCP super-packets, too."""
+class OutboundEngine(Protocol):
+    """The outbound direction (``mark``: of the socket's policy), which takes TCP super-packets, too."""
 
-    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
+    def process(self, packet: Buffer, now: float, emit: Emissions, mark: int = 0) -> int:
+        """As an :class:`Engine` does."""
+
+    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions, mark: int = 0) -> int:
         """The fate of a super-packet whose segments have ``size`` octets of data; -1: they must come one by one."""
 
-    def process_run(self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions) -> int:
+    def process_run(
+        self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions, mark: int = 0
+    ) -> int:
         """Replace the first few of ``packets``, all of one flow: how many; 0: the first one comes alone."""
 
 
@@ -86,6 +91,7 @@ class WorkerLoop:
         counters: MutableSequence[int],
         *,
         mark_stolen: int,
+        mark_sockets: int = 0,
         path_mtu: PathMtu,
         clock: Callable[[], float] = time.time,
         control_fd: int = -1,
@@ -99,7 +105,8 @@ class WorkerLoop:
     ) -> None:
         """Join the parts.
 
-        ``mark_stolen`` marks originals that egress has to drop.  ``on_control()`` is called when ``control_fd`` is
+        ``mark_stolen`` marks originals that egress has to drop, ``mark_sockets`` are the mark's bits that name the
+        policy of the sending socket.  ``on_control()`` is called when ``control_fd`` is
         readable, ``on_events(events)`` with what the engine reported in a batch (copy the list to keep it).
         ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
@@ -110,7 +117,7 @@ class WorkerLoop:
         self._outward = Outward(output, udp, enc0, path_mtu, counters)
         self._engine_out, self._engine_in = engine_out, engine_in
         self._counters = counters
-        self._mark_stolen = mark_stolen
+        self._mark_stolen, self._mark_sockets = mark_stolen, mark_sockets
         self._path_mtu = path_mtu
         self._clock = clock
         self._control_fd, self._on_control, self._on_events = control_fd, on_control, on_events
@@ -224,7 +231,7 @@ class WorkerLoop:
         self._path_mtu.advance(now)
         emit = self._emit
         outbound = self._engine_out.process
-        add_verdict, stolen = queue.add_verdict, self._mark_stolen
+        add_verdict, stolen, sockets = queue.add_verdict, self._mark_stolen, self._mark_sockets
         diverted = self._sizes.diverted if queue is not self._plain_queue else None
         if diverted is None:
             for segment in packets:
@@ -251,7 +258,7 @@ class WorkerLoop:
                         self._unfinished(cookie, mark, info, packet, now)
                     else:
                         lone = max(lone, done + LONE)
-                        fate = outbound(packet, now, emit)
+                        fate = outbound(packet, now, emit, mark & sockets)
                         if fate == 1:  # Fate.DONE
                             add_verdict(cookie, NF_ACCEPT, mark | stolen)
                         else:
@@ -278,13 +285,14 @@ class WorkerLoop:
         if unfinished & NFQA_SKB_GSO:
             return 0
         run: list[Buffer] = []
-        for _, hook, _, info, packet in packets[start:]:
-            if hook < FORWARD or info & _UNFINISHED != unfinished:
+        mark = packets[start][2] & self._mark_sockets
+        for _, hook, own, info, packet in packets[start:]:
+            if hook < FORWARD or info & _UNFINISHED != unfinished or own & self._mark_sockets != mark:
                 break
             run.append(packet)
         if len(run) < MIN_RUN:
             return 0
-        return self._engine_out.process_run(run, bool(unfinished), now, self._emit)
+        return self._engine_out.process_run(run, bool(unfinished), now, self._emit, mark)
 
     def _outbound_rest(self, fate: int, cookie: int, mark: int, packet: Buffer, now: float) -> None:
         """The verdict for an outbound packet that was not simply replaced."""
@@ -294,12 +302,12 @@ class WorkerLoop:
             self._active.add_verdict(cookie, NF_ACCEPT)
         else:
             if fate == Fate.HOLD:
-                self._hold(packet, now)
+                self._hold(packet, mark, now)
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
 
-    def _hold(self, packet: Buffer, now: float) -> None:
+    def _hold(self, packet: Buffer, mark: int, now: float) -> None:
         """Keep a copy until the SA is there.  The original goes the way of what is replaced: the flow is confirmed."""
-        dropped = self._holder.hold(self._emit.held, bytes(packet), now)
+        dropped = self._holder.hold(self._emit.held, bytes(packet), now, mark & self._mark_sockets)
         if dropped:
             self._counters[Counter.OUT_HELD_OVERFLOW] += dropped
 
@@ -312,7 +320,7 @@ class WorkerLoop:
             self._super(cookie, mark, packet, now)
             return
         whole = complete(packet)
-        fate = self._engine_out.process(whole, now, self._emit)
+        fate = self._engine_out.process(whole, now, self._emit, mark & self._mark_sockets)
         if fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
         else:
@@ -322,7 +330,9 @@ class WorkerLoop:
         """A super-packet: sealed in one go where its segments' size is known, else cut by the kernel."""
         self._counters[Counter.SUPER_PACKETS] += 1
         size = self._sizes.size_of(packet, flow_of(packet), now)
-        fate = self._engine_out.process_super(packet, size, now, self._emit) if size else -1
+        fate = -1
+        if size:
+            fate = self._engine_out.process_super(packet, size, now, self._emit, mark & self._mark_sockets)
         if fate < 0:
             self._divert(cookie, packet, whole=True)
         elif fate == Fate.DONE:
@@ -393,15 +403,15 @@ class WorkerLoop:
         now = self._clock()
         self._path_mtu.advance(now)
         emit, found = self._emit, 0
-        for since, packet in self._holder.release_all():
+        for since, packet, mark in self._holder.release_all():
             try:
-                fate = self._engine_out.process(packet, now, emit)
+                fate = self._engine_out.process(packet, now, emit, mark)
             except Exception:
                 self._counters[Counter.OUT_INVAL] += 1
                 log.exception("a held packet made the engine fail; it was dropped")
                 continue
             if fate == Fate.HOLD:
-                self._counters[Counter.OUT_HELD_OVERFLOW] += self._holder.hold(emit.held, packet, since)
+                self._counters[Counter.OUT_HELD_OVERFLOW] += self._holder.hold(emit.held, packet, since, mark)
             elif fate == Fate.PASS:
                 # The policy has gone and the packet is free to leave as it is; its original was stolen.
                 emit.wire.append(packet)
@@ -414,7 +424,7 @@ class WorkerLoop:
     def _retry_early(self) -> None:
         """Open what came before its SA did; the engine counts what it drops."""
         now, emit = self._clock(), self._emit
-        for since, packet in self._early.release_all():
+        for since, packet, _ in self._early.release_all():
             try:
                 if self._engine_in.process(packet, now, emit) == Fate.HOLD:
                     self._counters[Counter.ESP_NOTDB] += self._early.hold(emit.held, packet, since)

@@ -26,7 +26,9 @@ from ipsecq.numbers import (
     IPPROTO_IPV4,
     IPPROTO_IPV6,
     IPPROTO_NONE,
+    IPPROTO_TCP,
     IPPROTO_UDP,
+    Action,
     Direction,
     Mode,
     Protocol,
@@ -34,6 +36,7 @@ from ipsecq.numbers import (
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import Reassembler
 from ipsecq.packet.view import PacketView
+from ipsecq.policy.model import Policy, Selector
 from ipsecq.sa.association import SecurityAssociation
 from ipsecq.transforms import natt
 
@@ -42,6 +45,12 @@ MAX_DEPTH: Final = 16
 
 MAX_FLOWS: Final = 65536
 
+SOCKET_SECONDS: Final = 1.0
+"""For how long a flow is believed to belong to the same socket.  A new policy of a socket counts at once."""
+_NEVER: Final = float("inf")
+
+_SOCKETS: Final = frozenset((IPPROTO_TCP, IPPROTO_UDP))
+_UNSURE: Final = Policy(Direction.IN, Selector(b"", b"", b"", b""), Action.DISCARD, label="no answer about its socket")
 _IN: Final = int(Direction.IN)
 _ESP: Final = int(Protocol.ESP)
 _AH: Final = int(Protocol.AH)
@@ -82,6 +91,8 @@ class Inbound:
         self._sas: dict[tuple[bytes, int, int], InboundSa] = {}
         self._verdicts: dict[tuple[bytes, bytes, int, int, int, bool, History], int] = {}
         self._generation = tables.generation()
+        self._verdicts_end = _NEVER
+        """When verdicts that depend on sockets must be asked for again."""
         self._disabled: dict[tuple[int, int], int] = {}
         self._check_enabled()
         self._pmtu = PathMtuCheck(tables)
@@ -123,6 +134,7 @@ class Inbound:
         """An SA, a policy or a knob has changed: drop what was derived from the old ones."""
         generation = self._tables.generation()
         self._verdicts.clear()
+        self._verdicts_end = _NEVER
         self._check_enabled()
         if generation[2] != self._generation[2]:
             self._sas.clear()
@@ -274,7 +286,7 @@ class Inbound:
         view = self._view
         if not opened and view.protocol in {IPPROTO_ICMP, IPPROTO_ICMPV6} and self._pmtu.is_about_us(packet, view, emit):
             return _ABSORBED
-        verdict = self._verdict(opened)
+        verdict = self._verdict(opened, now)
         if verdict:
             return verdict
         if not opened:
@@ -283,20 +295,39 @@ class Inbound:
         emit.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
         return _DONE
 
-    def _verdict(self, opened: History) -> int:
+    def _verdict(self, opened: History, now: float) -> int:
         """0 when the packet that the view has loaded may enter with this history, else the Counter of the drop."""
         view = self._view
         fragment = view.fragment_word & 0x3FFF != 0  # the first one too: fragments have no ports
         key = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment, opened)
+        if now >= self._verdicts_end:
+            self._verdicts.clear()
+            self._verdicts_end = _NEVER
         verdict = self._verdicts.get(key)
         if verdict is None:
             knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
-            policy = self._tables.spd.lookup(_IN, *key[:6])
+            policy = self._policy(view, fragment, now)
             verdict = history.check(policy, opened, knobs, view.src, view.dst)
             if len(self._verdicts) >= MAX_FLOWS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict
         return verdict
+
+    def _policy(self, view: PacketView, fragment: bool, now: float) -> Policy | None:
+        """The inbound policy for the packet in the view: its socket's, when there are sockets with policies, or the SPD's.
+
+        Which socket a flow belongs to can change without a word, so verdicts then live for a second only.
+        """
+        tables = self._tables
+        flow = view.src, view.dst, view.protocol, view.sport, view.dport
+        if tables.spd.inbound_sockets and tables.socket_of is not None and not fragment and view.protocol in _SOCKETS:
+            self._verdicts_end = min(self._verdicts_end, now + SOCKET_SECONDS)
+            mark = tables.socket_of(*flow)
+            if mark < 0:
+                return _UNSURE
+            if mark:
+                return tables.spd.lookup_socket(mark, _IN, *flow, fragment)
+        return tables.spd.lookup(_IN, *flow, fragment)
 
 
 def spi_of(packet: Buffer, protocol: int, offset: int, end: int) -> int:

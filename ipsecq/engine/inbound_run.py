@@ -146,7 +146,7 @@ class InboundRuns(Inbound):
                 after, length, _ = groups[index + 1]
                 tail = after[0][:length] if len(after) == 1 and length <= end else b""
             for first, stop, run in unite(plaintexts, end, tail):
-                if run is not None and self._enter_run(run, plaintexts[first][:end], outer, opened, emit):
+                if run is not None and self._enter_run(run, plaintexts[first][:end], outer, opened, now, emit):
                     tail_used = stop > len(plaintexts)
                 else:
                     self._enter_each(plaintexts[first:stop], end, outer, opened, now, emit)
@@ -166,7 +166,7 @@ class InboundRuns(Inbound):
                     self.on_drop("in", plaintext[:end], fate)
 
     def _enter_run(
-        self, run: Run, first: bytes, outer: tuple[int, int], opened: History, emit: Emissions
+        self, run: Run, first: bytes, outer: tuple[int, int], opened: History, now: float, emit: Emissions
     ) -> bool:
         """Deliver (or drop) a run whose first packet is ``first``; False: each packet has to be looked at."""
         view = self._view
@@ -174,7 +174,7 @@ class InboundRuns(Inbound):
             return False
         if view.protocol == IPPROTO_UDP and view.dport in self._tables.natt_ports:
             return False
-        verdict = self._verdict(opened)
+        verdict = self._verdict(opened, now)
         if verdict:
             self._counters[verdict] += run.number
             if self.on_drop is not None:

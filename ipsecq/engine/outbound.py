@@ -61,6 +61,8 @@ MtuOf = Callable[[bytes], int]
 
 OnDrop = Callable[[str, Buffer, int], None]
 """``on_drop(way, packet, reason)`` hears of each dropped packet: ``in`` or ``out``, and the Counter."""
+Flow = tuple[bytes, bytes, int, int, int, bool, int]
+"""Addresses, protocol, ports, whether it is a fragment, mark of the socket's policy."""
 
 SourceFor = Callable[[bytes], bytes]
 """``source_for(dst) -> address``: our own address towards ``dst``, the source of the ICMP errors that we send."""
@@ -77,7 +79,7 @@ class Outbound:
         self._pool = Pool(tables.random)
         self._view = PacketView()
         self._piece = PacketView()
-        self._flows: dict[tuple[bytes, bytes, int, int, int, bool], Bundle | int] = {}
+        self._flows: dict[Flow, Bundle | int] = {}
         self._steps: dict[tuple[SaKey, bool], OutboundStep] = {}
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
@@ -94,9 +96,10 @@ class Outbound:
         self._flows.clear()
         self._shown.clear()
 
-    def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
+    def process(self, packet: Buffer, now: float, emit: Emissions, mark: int = 0) -> int:
         """The fate of one whole IP datagram: a :class:`Fate`, or the Counter of the drop (counted here).
 
+        ``mark`` is that of the sending socket's policy (:class:`ipsecq.policy.sockets.SocketPolicy`), 0 for none.
         ``DONE``: ``emit.wire`` holds what replaces it.  ``HOLD``: it waits for ``emit.held``.  Drops may put an ICMP
         error into ``emit.wire``.  Raises nothing, whatever the octets.
         """
@@ -111,7 +114,7 @@ class Outbound:
             self._forget()
         # Fragments have no ports, the first one neither: all pieces of a datagram get one policy (BSD).
         fragment = view.fragment_word & 0x3FFF != 0
-        flow = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment)
+        flow = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment, mark)
         decision = self._flows.get(flow)
         if decision is None:
             counters[_FLOW_MISS] += 1
@@ -127,7 +130,7 @@ class Outbound:
             counters[Counter.OUT_PASSED] += 1
         return fate
 
-    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
+    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions, mark: int = 0) -> int:
         """The fate of a TCP super-packet whose segments have ``size`` octets of data: one decision for all of them.
 
         ``PASS`` leaves it whole.  -1: not decided and nothing counted, its segments must come one by one; so it is
@@ -138,7 +141,7 @@ class Outbound:
             return -1
         if self._generation != self._tables.generation():
             self._forget()
-        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, False))
+        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, False, mark))
         if decision is None:
             return -1
         counters = self._counters
@@ -193,11 +196,14 @@ class Outbound:
             self._steps = {key: step for key, step in self._steps.items() if get(key[0]) is step.sa}
         self._generation = generation
 
-    def _decide(self, flow: tuple[bytes, bytes, int, int, int, bool], now: float, emit: Emissions) -> Bundle | int:
+    def _decide(self, flow: Flow, now: float, emit: Emissions) -> Bundle | int:
         """What happens to a flow; remembered unless it waits for an SA."""
-        src, dst, protocol, sport, dport, fragment = flow
+        src, dst, protocol, sport, dport, fragment, mark = flow
         knobs = self._tables.sysctl.v4 if len(src) == 4 else self._tables.sysctl.v6
-        policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, fragment)
+        if mark:
+            policy = self._tables.spd.lookup_socket(mark, _OUT, src, dst, protocol, sport, dport, fragment)
+        else:
+            policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, fragment)
         decision: Bundle | int
         wanted: list[Acquire] = []
         if policy is None:

@@ -29,7 +29,9 @@ _READ6: Final = Struct(">7sx36s").unpack_from
 class OutboundRuns(Outbound):
     """An outbound side that takes runs."""
 
-    def process_run(self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions) -> int:
+    def process_run(
+        self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions, mark: int = 0
+    ) -> int:
         """Do for the first few of ``packets`` what :meth:`process` would do, in one go; returns for how many.
 
         They are of one known flow and equally long, and all of them are replaced (``Fate.DONE``).  ``unfinished``: their
@@ -43,7 +45,7 @@ class OutboundRuns(Outbound):
             return 0
         if self._generation != self._tables.generation():
             self._forget()
-        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, False))
+        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, False, mark))
         if not isinstance(decision, Bundle) or not decision.single or not isinstance(decision.first, EspStep):
             return 0
         length = view.length

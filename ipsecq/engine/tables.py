@@ -16,6 +16,12 @@ Lease = Callable[[int, int], tuple[int, int]]
 ``(0, 0)`` refuses: the numbers up to ``limit`` are used up, or the state on disk cannot be trusted.
 """
 
+SocketOf = Callable[[bytes, bytes, int, int, int], int]
+"""``socket_of(src, dst, protocol, sport, dport) -> mark`` of the policy of the socket that gets such a packet.
+
+0: of none.  -1: nobody can tell now, so the packet is dropped.
+"""
+
 Random = Callable[[int], bytes]
 """``random(n) -> n octets`` that nobody can predict; ``os.urandom`` in the daemon, a seeded one in tests."""
 
@@ -39,6 +45,8 @@ class Tables:
     """Open ESP whose separate authentication key is missing.  For captures only: never true on a gateway."""
     burst_ports: frozenset[int] = frozenset()
     """Local UDP ports from which ESP may leave in bursts (:class:`ipsecq.engine.emit.Burst`)."""
+    socket_of: SocketOf | None = None
+    """Which socket an inbound packet is for; None where there are no sockets (captures)."""
     larval: Set[tuple[bytes, int, int]] = frozenset()
     """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
 

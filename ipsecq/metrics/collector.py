@@ -127,6 +127,12 @@ def _daemon(snapshot: Snapshot) -> Iterator[Metric]:
         "ipsecq_fail_open_policies", "Policies that let packets pass in clear when nobody serves them.",
         value=snapshot.fail_open,
     )  # fmt: skip
+    yield GaugeMetricFamily(
+        "ipsecq_socket_policies", "Different pairs of policies, in and out, that sockets have.", value=snapshot.socket_pairs
+    )
+    yield GaugeMetricFamily(
+        "ipsecq_sockets_with_policy", "Open sockets that asked for a policy of their own.", value=snapshot.socket_count
+    )
     policies = GaugeMetricFamily("ipsecq_policies", "Policies in the SPD.", labels=["direction"])
     for direction in ("in", "out"):
         policies.add_metric([direction], snapshot.policies.get(direction, 0))

@@ -104,6 +104,12 @@ class Snapshot:
     mechanism: str = ""
     devices: Sequence[str] = ()
     """Devices with an egress chain of ours."""
+    kernel: dict[int, int] = field(default_factory=dict)
+    """What the kernel's rules dropped or took without a worker, by :class:`ipsecq.counters.Counter`."""
+    socket_pairs: int = 0
+    """Different pairs of policies that sockets have."""
+    socket_count: int = 0
+    """Sockets that asked for one and live."""
 
     @property
     def sa_count(self) -> int:
@@ -111,10 +117,12 @@ class Snapshot:
         return sum(self.sa_states.values())
 
     def counters(self) -> list[int]:
-        """The workers' words, summed."""
+        """The workers' words, summed, and the kernel's counts."""
         total = [0] * COUNTERS_WORDS
         for worker in self.workers:
             total = [before + more for before, more in zip(total, worker.counters, strict=True)]
+        for counter, packets in self.kernel.items():
+            total[counter] += packets
         return total
 
 

@@ -4,9 +4,10 @@ A packet's way through the table::
 
     prerouting  -250  enc0 → accept (see ``inner.py``) · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
                       of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery →
-                      accept · inbound policies (clear packets only) · default policy
+                      accept · sockets' policies · inbound policies (clear packets only) · default policy
     output      -250  ESP in UDP from our own sockets gets the NAT-T port
-    postrouting  150  ours, neighbour discovery → accept · outbound policies → guard → worker · default policy
+    postrouting  150  ours, neighbour discovery → accept · sockets' policies · outbound policies → guard → worker ·
+                      default policy
     egress            (netdev, each guarded device) what was replaced → drop
 
 Every text here is one transaction: the kernel shows the old rules to a packet, or the new ones, never none.
@@ -17,10 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from ipsecq.netfilter import socketmaps
 from ipsecq.netfilter.plan import Plan
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.netfilter.steering import buckets
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.sysctl import FamilyKnobs, Sysctl
 
 COUNTERS: Final = (
@@ -35,6 +38,7 @@ COUNTERS: Final = (
 )
 """Named counters of the table: drops (and keepalives) that the kernel does without a worker."""
 
+NO_SOCKETS: Final[Mapping[int, SocketPolicy]] = {}
 PROTOCOLS: Final = "{ esp, ah, comp }"
 BLOCK: Final = "counter name blocked_dropped drop"
 
@@ -74,18 +78,21 @@ def compile_ruleset(
     sysctl: Sysctl,
     guarded: Mapping[int, str] | None = None,
     plan: Plan | None = None,
+    sockets: Mapping[int, SocketPolicy] = NO_SOCKETS,
 ) -> str:
     """The whole ruleset as nft text that replaces ours, or makes it, in one transaction.
 
     ``guarded`` maps interface indexes to names: devices that get an egress chain; outbound protected traffic to any
     other device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader`
     puts the queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
+    ``sockets`` are the policies of sockets by mark.
     """
     plan = plan if plan is not None else Plan(settings.table, settings.workers, settings.lanes)
+    plan.sockets = socketmaps.SocketPlan(settings)
     table = settings.table
     lines = [f"add table inet {table}", f"delete table inet {table}", f"table inet {table} {{"]
     lines += ["  " + line for line in _skeleton(settings, sysctl, guarded or {})]
-    lines += ["}", *plan.update(policies, sysctl), *defaults(settings, sysctl)]
+    lines += ["}", *plan.update(policies, sysctl), *plan.sockets.update(sockets, sysctl), *defaults(settings, sysctl)]
     return "\n".join(lines) + "\n" + compile_egress(guarded or {}, settings)
 
 
@@ -191,6 +198,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
     for side in ("in", "out"):
         yield f"chain policy_{side}_ipv4 {{ }}"
         yield f"chain policy_{side}_ipv6 {{ }}"
+    yield from socketmaps.skeleton(settings)
     yield from _spi_chain(settings)
     yield from _prerouting(settings)
     yield from _postrouting(settings)
@@ -239,7 +247,8 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
         yield f'  iif "lo" {settings.done} accept'
     if settings.socket_match:
         done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
-        yield f"  meta l4proto {{ tcp, udp }} socket mark & {done} accept"
+        # A listener on any address would be found for a packet that only passes through.
+        yield f"  meta l4proto {{ tcp, udp }} fib daddr type local socket mark & {done} accept"
     yield from exempt(settings)
     yield from policy_jumps("in")
 
@@ -272,9 +281,13 @@ def exempt(settings: NetfilterSettings) -> Iterator[str]:
 
 
 def policy_jumps(side: str) -> Iterator[str]:
-    """The end of a base chain: policies by family, then the default."""
+    """The end of a base chain: policies of sockets, of the SPD by family, of sockets without privilege, the default."""
+    if side == "out":
+        yield "  tcp flags & (syn | ack) == syn | ack jump sockets_opening"
+    yield f"  jump sockets_{side}"
     yield f"  meta nfproto ipv4 jump policy_{side}_ipv4"
     yield f"  meta nfproto ipv6 jump policy_{side}_ipv6"
+    yield f"  jump sockets_{side}_late"
     yield f"  jump default_{side}"
     yield "}"
 

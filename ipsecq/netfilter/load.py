@@ -6,7 +6,6 @@ Everything runs in the network namespace of the calling thread.
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from ipsecq.errors import NetfilterError
 from ipsecq.netfilter import compat
 from ipsecq.netfilter import nfnetlink as nl
 from ipsecq.netfilter.compile import (
+    NO_SOCKETS,
     compile_block,
     compile_commands,
     compile_guard,
@@ -30,7 +30,9 @@ from ipsecq.netfilter.inner import InnerTable, included, inner_files
 from ipsecq.netfilter.plan import Plan
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.netfilter.settings import NetfilterSettings
+from ipsecq.netfilter.socketmaps import SocketPlan
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.sysctl import Sysctl
 
 NATIVE: Final = "nft queue"
@@ -82,7 +84,10 @@ class Loader:
         self._expected: dict[str, int] = {}
         self._called: dict[str, int] = {}
 
-    def replace(self, policies: Iterable[Policy], sysctl: Sysctl, guarded: Mapping[int, str] | None = None) -> None:
+    def replace(
+        self, policies: Iterable[Policy], sysctl: Sysctl, guarded: Mapping[int, str] | None = None,
+        sockets: Mapping[int, SocketPolicy] = NO_SOCKETS,
+    ) -> None:  # fmt: skip
         """Put the whole ruleset in place of whatever our tables hold, with worker chains that block.
 
         ``guarded`` (interface index → name) replaces the devices; None keeps them.  A device that has gone is left
@@ -92,56 +97,82 @@ class Loader:
         if guarded is not None:
             self.guarded = dict(guarded)
         policies = list(policies)
+        sockets = dict(sockets)
         try:
-            self._load_all(policies, sysctl, self.guarded)
+            self._load_all(policies, sysctl, self.guarded, sockets)
         except NetfilterError:
             if not self.guarded:
                 raise
             # Perhaps a device went a moment ago: first everything else, then the devices one by one.
             devices = self.guarded
-            self._load_all(policies, sysctl, {})
+            self._load_all(policies, sysctl, {}, sockets)
             self.guarded = {}
             self.guard(devices)
 
-    def _load_all(self, policies: list[Policy], sysctl: Sysctl, guarded: Mapping[int, str]) -> None:
+    def _load_all(
+        self, policies: list[Policy], sysctl: Sysctl, guarded: Mapping[int, str], sockets: Mapping[int, SocketPolicy]
+    ) -> None:
         plan = Plan(self.settings.table, self.settings.workers, self.settings.lanes)
         # The sentinel first: from the first instant something drops, and while this replaces a flushed table
         # nothing gets around it.
         if self.sentinel is not None:
             commands = Plan(self.settings.table, self.settings.workers, self.settings.lanes).update(policies, sysctl)
+            commands += SocketPlan(self.settings).update(sockets, sysctl)
             self.sentinel.load(commands, sysctl, guarded)
         rules = included(self.settings) if self._inner_rules is None else self._inner_rules
         inner = self._inner.whole(policies, sysctl, rules)
-        run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan) + inner)
+        run_nft(compile_ruleset(policies, self.settings, sysctl, guarded, plan, sockets) + inner)
         if self._inner_rules is None:
             self._remember_inner()
         self._plan, self._open = plan, False
         self._expect()
 
-    def update(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+    def update(
+        self, policies: Iterable[Policy], sysctl: Sysctl, sockets: Mapping[int, SocketPolicy] = NO_SOCKETS
+    ) -> None:
         """Change to these policies and knobs in one transaction, without touching queues and devices.
 
         When nothing is loaded any more, or after a failure, it replaces the whole ruleset and opens the queues again
         if they were open.
         """
         plan, self._plan = self._plan, None
+        sockets = dict(sockets)
         if plan is None:
-            self._restore(policies, sysctl)
+            self._restore(policies, sysctl, sockets)
             return
         policies = list(policies)
         commands = plan.update(policies, sysctl)
+        if plan.sockets is not None:
+            commands += plan.sockets.update(sockets, sysctl)
         try:
             inner = "\n".join(self._inner.update(policies, sysctl))
             run_nft(compile_commands(commands, self.settings, sysctl) + inner + "\n")
         except NetfilterError:
             if self.is_loaded():
                 raise
-            self._restore(policies, sysctl)  # somebody flushed our tables, and this is how we learn it
+            self._restore(policies, sysctl, sockets)  # somebody flushed our tables, and this is how we learn it
             return
         if self.sentinel is not None:
             self.sentinel.update(commands, sysctl)
         self._plan = plan
         self._expect()
+
+    def update_sockets(self, sockets: Mapping[int, SocketPolicy]) -> bool:
+        """Change to these policies of sockets, with SPD and knobs as they are; False when all has to be loaded anew."""
+        plan, self._plan = self._plan, None
+        if plan is None or plan.sockets is None:
+            return False
+        commands = plan.sockets.update(sockets, plan.sysctl)
+        if commands:
+            try:
+                run_nft("\n".join(commands) + "\n")
+            except NetfilterError:
+                return False
+            if self.sentinel is not None:
+                self.sentinel.run(commands)
+            self._expect()
+        self._plan = plan
+        return True
 
     def check_inner(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
         """Would nft take the operator's inner rules as the files are now?  NetfilterError with file and line if not."""
@@ -161,9 +192,11 @@ class Loader:
     def _remember_inner(self) -> None:
         self._inner_rules = [Path(file).read_text("utf-8") for file in inner_files(self.settings)]
 
-    def _restore(self, policies: Iterable[Policy], sysctl: Sysctl) -> None:
+    def _restore(
+        self, policies: Iterable[Policy], sysctl: Sysctl, sockets: Mapping[int, SocketPolicy]
+    ) -> None:
         was_open = self._open
-        self.replace(policies, sysctl)
+        self.replace(policies, sysctl, sockets=sockets)
         if was_open:
             self.open_queues()
 
@@ -267,12 +300,9 @@ class Loader:
     def counters(self) -> dict[str, tuple[int, int]]:
         """The named counters: name → (packets, bytes).  ``stolen`` is the egress chains'."""
         found: dict[str, tuple[int, int]] = {}
-        for family in ("inet", "netdev"):
-            listing = run_nft("", "-j", "list", "counters", "table", family, self.settings.table)
-            for entry in json.loads(listing)["nftables"]:
-                counter = entry.get("counter")
-                if counter:
-                    found[counter["name"]] = counter["packets"], counter["bytes"]
+        with nl.NftSocket() as netlink:
+            for family in (nl.NFPROTO_INET, nl.NFPROTO_NETDEV):
+                found.update(netlink.counters(family, self.settings.table))
         return found
 
     def is_loaded(self) -> bool:

@@ -36,12 +36,23 @@ NFT_MSG_NEWRULE: Final = NFNL_SUBSYS_NFTABLES << 8 | 6
 NFT_MSG_GETRULE: Final = NFNL_SUBSYS_NFTABLES << 8 | 7
 NFT_MSG_DELRULE: Final = NFNL_SUBSYS_NFTABLES << 8 | 8
 
+NFT_MSG_NEWOBJ: Final = NFNL_SUBSYS_NFTABLES << 8 | 18
+NFT_MSG_GETOBJ: Final = NFNL_SUBSYS_NFTABLES << 8 | 19
+NFT_OBJECT_COUNTER: Final = 1
+
 NFPROTO_INET: Final = 1
 NFPROTO_NETDEV: Final = 5
 
 NFTA_RULE_TABLE: Final = 1
 NFTA_RULE_CHAIN: Final = 2
 NFTA_RULE_EXPRESSIONS: Final = 4
+
+NFTA_OBJ_TABLE: Final = 1
+NFTA_OBJ_NAME: Final = 2
+NFTA_OBJ_TYPE: Final = 3
+NFTA_OBJ_DATA: Final = 4
+NFTA_COUNTER_BYTES: Final = 1
+NFTA_COUNTER_PACKETS: Final = 2
 
 _HEADER: Final = Struct("=IHHII")
 _GENMSG: Final = Struct(">BBH")
@@ -148,21 +159,38 @@ class NftSocket:
 
     def rule_counts(self, family: int, table: str) -> dict[str, int]:
         """Rules in each chain of a table that has any; empty when there is no such table."""
-        self._sequence += 1
-        body = string(NFTA_RULE_TABLE, table)
-        self.socket.send(message(NFT_MSG_GETRULE, NLM_F_DUMP, self._sequence, family, body))
         counts: dict[str, int] = {}
+        for kind, found in self._dump(NFT_MSG_GETRULE, family, string(NFTA_RULE_TABLE, table)):
+            # Kernels before 5.x ignore the filter of a dump: look at the table's name too.
+            if kind == NFT_MSG_NEWRULE and found.get(NFTA_RULE_TABLE, b"")[:-1].decode() == table:
+                chain = found.get(NFTA_RULE_CHAIN, b"")[:-1].decode()
+                counts[chain] = counts.get(chain, 0) + 1
+        return counts
+
+    def counters(self, family: int, table: str) -> dict[str, tuple[int, int]]:
+        """The named counters of a table: name → (packets, bytes); empty when there is no such table."""
+        counts: dict[str, tuple[int, int]] = {}
+        body = string(NFTA_OBJ_TABLE, table) + attribute(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER.to_bytes(4, "big"))
+        for kind, found in self._dump(NFT_MSG_GETOBJ, family, body):
+            if kind == NFT_MSG_NEWOBJ and found.get(NFTA_OBJ_TABLE, b"")[:-1].decode() == table:
+                data = dict(attributes(found.get(NFTA_OBJ_DATA, b"")))
+                packets, octets = (
+                    int.from_bytes(data.get(each, b""), "big") for each in (NFTA_COUNTER_PACKETS, NFTA_COUNTER_BYTES)
+                )
+                counts[found.get(NFTA_OBJ_NAME, b"")[:-1].decode()] = packets, octets
+        return counts
+
+    def _dump(self, request: int, family: int, body: bytes) -> Iterator[tuple[int, dict[int, bytes]]]:
+        """(message type, attributes) of each record."""
+        self._sequence += 1
+        self.socket.send(message(request, NLM_F_DUMP, self._sequence, family, body))
         while True:
-            for kind, sequence, body in self._receive():
+            for kind, sequence, record in self._receive():
                 if sequence != self._sequence:
                     continue
                 if kind in (NLMSG_DONE, NLMSG_ERROR):
-                    return counts
-                found = dict(attributes(body[4:]))
-                # Kernels before 5.x ignore the filter of a dump: look at the table's name too.
-                if kind == NFT_MSG_NEWRULE and found.get(NFTA_RULE_TABLE, b"")[:-1].decode() == table:
-                    chain = found.get(NFTA_RULE_CHAIN, b"")[:-1].decode()
-                    counts[chain] = counts.get(chain, 0) + 1
+                    return
+                yield kind, dict(attributes(record[4:]))
 
     def _receive(self) -> Iterator[tuple[int, int, bytes]]:
         try:

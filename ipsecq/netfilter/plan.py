@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ipsecq.netfilter.boxes import Box, Shape, boxes, pieces
+from ipsecq.netfilter.socketmaps import SocketPlan
 from ipsecq.netfilter.verdicts import verdict_of
 from ipsecq.numbers import Direction
 from ipsecq.policy.model import Policy
@@ -225,6 +226,10 @@ class Plan:
         """``verdict(policy, sysctl, workers, lanes)`` says what is done with a policy's packets."""
         self.table, self.workers, self.lanes = table, workers, lanes
         self._verdict = verdict
+        self.sockets: SocketPlan | None = None
+        """The sockets' part, once the ruleset is there."""
+        self.sysctl = Sysctl()
+        """The knobs of the last update."""
         self.sides = {
             (direction, family): Side(direction, family)
             for direction in (Direction.IN, Direction.OUT)
@@ -241,6 +246,7 @@ class Plan:
         O(n) comparisons to find what changed, O(groups) for each change.  Raises ValueError when two policies have
         one id.
         """
+        self.sysctl = Sysctl(sysctl.all())
         wanted: dict[int, tuple[Policy, str]] = {}
         for position, policy in enumerate(policies):
             number = policy.id or -1 - position

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ipsecq.errors import NetfilterError
+from ipsecq.netfilter import socketmaps
 from ipsecq.netfilter.compile import (
     compile_guard,
     compile_unguard,
@@ -102,6 +103,10 @@ class Sentinel:
         """Follow an update of the main table; call it after that one, so that it never drops what is served already."""
         self._nft.run("\n".join([*self._translated(commands), *defaults(self.settings, sysctl)]) + "\n")
 
+    def run(self, commands: list[str]) -> None:
+        """Commands of the main table that change no knob."""
+        self._nft.run("\n".join(self._translated(commands)) + "\n")
+
     def guard(self, devices: Mapping[int, str]) -> None:
         """Add devices, before the main table trusts them."""
         self._nft.run(compile_guard(devices, self.settings))
@@ -143,6 +148,7 @@ class Sentinel:
         for side in ("in", "out"):
             yield f"chain policy_{side}_ipv4 {{ }}"
             yield f"chain policy_{side}_ipv6 {{ }}"
+        yield from socketmaps.skeleton(settings)
         yield "chain prerouting {"
         yield "  type filter hook prerouting priority -249; policy accept;"
         yield f'  iifname "{settings.enc_device}" accept'
@@ -155,7 +161,7 @@ class Sentinel:
         yield "  meta l4proto { icmp, icmpv6 } fib daddr type local jump too_big"
         if settings.socket_match:
             done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
-            yield f"  meta l4proto {{ tcp, udp }} socket mark & {done} accept"
+            yield f"  meta l4proto {{ tcp, udp }} fib daddr type local socket mark & {done} accept"
         yield from exempt(settings)
         yield from policy_jumps("in")
         yield "chain too_big {"

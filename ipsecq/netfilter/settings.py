@@ -27,6 +27,9 @@ class NetfilterSettings:
     """Sent by ipsecq, or by a socket with a ``bypass`` policy: leave alone."""
     mark_stolen: int = 0x02000000
     """Replaced by what ipsecq sent: drop at egress."""
+    mark_sockets: int = 0xFCFF0000
+    """The bits that name the policy of the sending socket (:mod:`ipsecq.policy.sockets`); 0: sockets have none.
+    Without those of ``mark_mask`` and ``reqid_mark``."""
     enc_device: str = "enc0"
     natt_ports: tuple[int, ...] = (NATT_PORT,)
     """Local UDP ports that carry ESP (RFC 3948)."""
@@ -57,6 +60,8 @@ class NetfilterSettings:
         low = self.reqid_mark & -self.reqid_mark
         if self.reqid_mark & self.mark_mask or self.reqid_mark & (self.reqid_mark + low):
             raise ValueError(f"reqid_mark {self.reqid_mark:#x}: adjacent bits, clear of {self.mark_mask:#x}")
+        # Whatever else these bits are for goes first.
+        object.__setattr__(self, "mark_sockets", self.mark_sockets & ~(self.mark_mask | self.reqid_mark))
         if not 1 <= self.workers <= 256 or not 1 <= self.lanes <= 16 or not 0 <= self.queue_base <= 0xFFFF - self.queues:
             raise ValueError(
                 f"workers {self.workers} (1 to 256), lanes {self.lanes} (1 to 16) from queue {self.queue_base} on "
@@ -67,6 +72,11 @@ class NetfilterSettings:
     def queues(self) -> int:
         """Queues of all workers."""
         return self.workers * self.lanes
+
+    @property
+    def socket_policy(self) -> str:
+        """nft expression, behind ``meta`` or ``socket``: the mark of the socket's policy."""
+        return f"mark & {self.mark_sockets:#010x}"
 
     @property
     def done(self) -> str:

@@ -57,14 +57,15 @@ def run(
     *,
     mark_done: int = 0x01000000,
     mark_mask: int = 0x03000000,
+    sockets_path: Path | None = None,
 ) -> NoReturn:
     """Run the program to its end and end as it did.  DaemonError when seccomp notification cannot be had here.
 
-    Without ``option_hook`` a privileged program can have its sockets bypass all policies (IKE daemons do that), by the
-    marks given, and set no other policies for them.
+    Policies of sockets are asked for at ``sockets_path``.  Without it, or while no daemon answers there, a privileged
+    program can have its sockets bypass all policies (IKE daemons do that), by the marks given, and set no others.
     """
     seccomp.architecture()
-    option_hook = option_hook or SocketPolicies(mark_done, mark_mask)
+    option_hook = option_hook or SocketPolicies(mark_done, mark_mask, sockets_path)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()

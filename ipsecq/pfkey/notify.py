@@ -1,10 +1,11 @@
 """What the supervisor of ``ipsecq exec`` does with the system calls that it is asked about.
 
-``socket(AF_KEY, SOCK_RAW, PF_KEY_V2)`` returns a socket that is connected to the daemon; ``setsockopt`` of a per-socket
-policy is handed to a hook.  Everything else never gets here (:func:`ipsecq.pfkey.seccomp.filter_program`), but for
-``poll``: a kernel has queued its reply before ``write`` to a PF_KEY socket returns, and programs rely on it.  OpenBSD's
-iked waits for one millisecond, and gives up its IKE SA when there is no reply.  Our daemon answers when all its
-workers have the change, which takes longer; so such a poll begins when the reply is there.
+``socket(AF_KEY, SOCK_RAW, PF_KEY_V2)`` returns a socket that is connected to the daemon; ``setsockopt`` and ``getsockopt``
+of a per-socket policy are handed to a hook.  Everything else never gets here
+(:func:`ipsecq.pfkey.seccomp.filter_program`), but for ``poll``: a kernel has queued its reply before ``write`` to a
+PF_KEY socket returns, and programs rely on it.  OpenBSD's iked waits for one millisecond, and gives up its IKE SA when
+there is no reply.  Our daemon answers when all its workers have the change, which takes longer; so such a poll begins
+when the reply is there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from ipsecq.pfkey import seccomp
 from ipsecq.pfkey.constants import PF_KEY_V2
@@ -26,14 +27,25 @@ from ipsecq.pfkey.seccomp import Listener, Notification
 from ipsecq.pfkey.socketpolicy import OptionRequest
 from ipsecq.pfkey.watch import DaemonWatch
 
-OptionHook = Callable[[OptionRequest], int]
-"""Sets a per-socket policy; returns an errno, or 0 (:class:`ipsecq.pfkey.socketpolicy.SocketPolicies` is one)."""
+
+class OptionHook(Protocol):
+    """What serves the two options: :class:`ipsecq.pfkey.socketpolicy.SocketPolicies` is one."""
+
+    def __call__(self, request: OptionRequest) -> int:
+        """Set a per-socket policy; an errno, or 0."""
+
+    def get(self, request: OptionRequest) -> tuple[int, bytes]:
+        """(errno, the policy of the direction that the request's value names)."""
+
 
 _OPTION_LIMIT: Final = 4096
 """Octets of a policy option: four transforms with IPv6 ends need 320."""
 _INT: Final = 0xFFFFFFFF
 _PATIENCE: Final = 5.0
 """Seconds that a short poll of a PF_KEY socket may be put off: workers under load, and a ruleset to load."""
+_UINT: Final = struct.Struct("=I")
+_POLICY_SIZE: Final = 16
+"""``struct sadb_x_policy``."""
 _POLLFD: Final = struct.Struct("=ihh")
 _CAP_NET_ADMIN: Final = 12
 
@@ -103,6 +115,8 @@ class Responder:
             self._socket(notification)
         elif notification.call == self._arch.setsockopt:
             self.listener.answer(notification, self._setsockopt(notification))
+        elif notification.call == self._arch.getsockopt:
+            self.listener.answer(notification, self._getsockopt(notification))
         elif notification.call == self._arch.poll:
             self._poll(notification)
         else:
@@ -175,12 +189,45 @@ class Responder:
     def _setsockopt(self, notification: Notification) -> int:
         if self.option_hook is None:
             return errno.ENOPROTOOPT
-        descriptor, level, option, address, length = notification.arguments[:5]
-        length &= _INT
+        address, length = notification.arguments[3], notification.arguments[4] & _INT
         if length > _OPTION_LIMIT:
             return errno.EINVAL
+        return self._option(notification, address, length, self.option_hook)
+
+    def _getsockopt(self, notification: Notification) -> int:
+        """KAME's way: the caller's buffer names the direction in a ``sadb_x_policy`` and receives that one's policy."""
+        hook = self.option_hook
+        if hook is None:
+            return errno.ENOPROTOOPT
+        address, length_at = notification.arguments[3:5]
+        answer = b""
+
+        def get(request: OptionRequest) -> int:
+            nonlocal answer
+            number, answer = hook.get(request)
+            return number
+
+        try:
+            (room,) = _UINT.unpack(seccomp.read_memory(notification.thread, length_at, _UINT.size))
+            if room < _POLICY_SIZE:
+                return errno.EINVAL
+            number = self._option(notification, address, _POLICY_SIZE, get)
+            if number or not answer:
+                return number
+            # The caller waits for us, or the option would not have been looked at: this is its memory.
+            seccomp.write_memory(notification.thread, address, answer[:room])
+            seccomp.write_memory(notification.thread, length_at, _UINT.pack(min(room, len(answer))))
+        except (OSError, struct.error):
+            return errno.EFAULT
+        return 0
+
+    def _option(
+        self, notification: Notification, address: int, length: int, hook: Callable[[OptionRequest], int]
+    ) -> int:
+        descriptor, level, option = notification.arguments[:3]
         try:
             value = seccomp.read_memory(notification.thread, address, length) if length else b""
+            user = seccomp.user_of(notification.thread)
             privileged = seccomp.has_capability(notification.thread, _CAP_NET_ADMIN)
             duplicate = seccomp.duplicate_descriptor(notification.thread, descriptor & 0x7FFFFFFF)
         except OSError as error:
@@ -196,7 +243,7 @@ class Responder:
                 return 0
             if len(value) != length:
                 return errno.EFAULT
-            return self.option_hook(OptionRequest(made, level & _INT, option & _INT, value, privileged))
+            return hook(OptionRequest(made, level & _INT, option & _INT, value, privileged, user))
 
     def _say(self, text: str) -> None:
         if text != self._complained:

@@ -31,6 +31,7 @@ class Architecture:
     seccomp: int
     socket: int
     setsockopt: int
+    getsockopt: int
     poll: int
     """What the C library's poll(3) calls: poll, or ppoll where there is no such call."""
     poll_has_timespec: bool
@@ -38,8 +39,8 @@ class Architecture:
 
 
 ARCHITECTURES: Final = {
-    "x86_64": Architecture(0xC000003E, 317, 41, 54, 7, False),
-    "aarch64": Architecture(0xC00000B7, 277, 198, 208, 73, True),
+    "x86_64": Architecture(0xC000003E, 317, 41, 54, 55, 7, False),
+    "aarch64": Architecture(0xC00000B7, 277, 198, 208, 209, 73, True),
 }
 
 SHORT_POLL: Final = 20
@@ -82,8 +83,8 @@ def architecture() -> Architecture:
 def filter_program(arch: Architecture) -> bytes:
     """The BPF program: what notifies the supervisor; all else is allowed.
 
-    ``socket(AF_KEY, …)``, ``setsockopt`` of the two policy options, and ``poll`` of one descriptor for at most
-    :data:`SHORT_POLL` ms (how long a ppoll waits, the filter cannot see).  A handful of instructions decides.
+    ``socket(AF_KEY, …)``, ``setsockopt`` and ``getsockopt`` of the two policy options, and ``poll`` of one descriptor
+    for at most :data:`SHORT_POLL` ms (how long a ppoll waits, the filter cannot see).  A handful of instructions decides.
     """
     poll = "one" if arch.poll_has_timespec else "brief"
     # struct seccomp_data: nr at 0, arch at 4, arguments of 8 octets from 16 on; the kernel itself takes family, level
@@ -94,7 +95,8 @@ def filter_program(arch: Architecture) -> bytes:
         ("", "equal", arch.audit, "", "allow"),
         ("", "load", 0, "", ""),
         ("", "equal", arch.socket, "socket", ""),
-        ("", "equal", arch.setsockopt, "setsockopt", ""),
+        ("", "equal", arch.setsockopt, "option", ""),
+        ("", "equal", arch.getsockopt, "option", ""),
         ("", "equal", arch.poll, poll, "allow"),
         ("brief", "load", 32, "", ""),
         ("", "equal", 0, "allow", ""),
@@ -103,7 +105,7 @@ def filter_program(arch: Architecture) -> bytes:
         ("", "equal", 1, "notify", "allow"),
         ("socket", "load", 16, "", ""),
         ("", "equal", AF_KEY, "notify", "allow"),
-        ("setsockopt", "load", 24, "", ""),
+        ("option", "load", 24, "", ""),
         ("", "equal", socket.IPPROTO_IP, "four", ""),
         ("", "equal", socket.IPPROTO_IPV6, "six", "allow"),
         ("four", "load", 32, "", ""),
@@ -247,17 +249,30 @@ def read_memory(thread: int, address: int, length: int) -> bytes:
         return memory.read(length)
 
 
-def _status(thread: int, name: str) -> str:
+def write_memory(thread: int, address: int, data: bytes) -> None:
+    """Put ``data`` at ``address`` of another process; OSError when it is gone or nothing is mapped there."""
+    with open(f"/proc/{thread}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        if memory.write(data) != len(data):
+            raise OSError(errno.EFAULT, "cut short")
+
+
+def _status(thread: int, name: str, word: int = 1) -> str:
     with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith(name):
-                return line.split()[1]
+                return line.split()[word]
     raise ProcessLookupError(errno.ESRCH, f"thread {thread} has no {name}")
 
 
 def has_capability(thread: int, number: int) -> bool:
     """Has the thread this capability in its effective set?  OSError when it is gone."""
     return bool(int(_status(thread, "CapEff:"), 16) >> number & 1)
+
+
+def user_of(thread: int) -> int:
+    """Effective user id of the thread (fourth is the file system's, second the effective).  OSError when it is gone."""
+    return int(_status(thread, "Uid:", 2))
 
 
 def duplicate_descriptor(thread: int, descriptor: int) -> int:

@@ -15,6 +15,7 @@ from ipsecq.errors import SpdError
 from ipsecq.numbers import IPPROTO_ANY, Direction, Level
 from ipsecq.policy.model import Policy, Selector, Transform
 from ipsecq.policy.rules import check, matches
+from ipsecq.policy.sockets import SocketPolicy
 
 AUTOMATIC_REQID: Final = 0x4000
 """First reqid that ``unique`` without a number gets; the ones below are the administrator's (KAME)."""
@@ -165,10 +166,17 @@ class Spd:
     ports.  Where the whole datagram is put together before the look-up, as the gateway's hooks do, this never arises.
     """
 
-    __slots__ = ("_by_id", "_by_identity", "_next_id", "_next_order", "_next_reqid", "_tables", "generation")
+    __slots__ = (
+        "_by_id", "_by_identity", "_next_id", "_next_order", "_next_reqid", "_tables", "generation", "inbound_sockets",
+        "sockets",
+    )  # fmt: skip
 
     def __init__(self, policies: Iterable[Policy] = ()) -> None:
         self.generation = 0
+        self.sockets: dict[int, SocketPolicy] = {}
+        """Policies of sockets by mark, changed with :meth:`put_socket`; they are outside of all that follows."""
+        self.inbound_sockets = False
+        """One of them has an inbound rule."""
         self._next_id = 1
         self._next_order = 0
         self._next_reqid = AUTOMATIC_REQID
@@ -206,6 +214,36 @@ class Spd:
         Cost: see :class:`_Table`; it doesn't depend on the number of policies for the common shapes.
         """
         return self._tables[direction * 2 + (len(src) == 16)].lookup(src, dst, protocol, sport, dport, fragment)
+
+    def lookup_socket(
+        self, mark: int, direction: int, src: bytes, dst: bytes, protocol: int, sport: int, dport: int, fragment: bool
+    ) -> Policy | None:
+        """The same for a packet of a socket with this mark: its own policy before the SPD's, or behind it.
+
+        A mark that was never given out is somebody else's: the SPD decides.
+        """
+        found = self.sockets.get(mark)
+        rule = found.rule(direction) if found is not None else None
+        if found is not None and rule is not None and rule.privileged:
+            return found.policy(direction, 4 if len(src) == 4 else 6)
+        policy = self.lookup(direction, src, dst, protocol, sport, dport, fragment)
+        if policy is None and found is not None and rule is not None:
+            return found.policy(direction, 4 if len(src) == 4 else 6)
+        return policy
+
+    def put_socket(self, policy: SocketPolicy) -> None:
+        """Add or replace the policies of a mark."""
+        self.sockets[policy.mark] = policy
+        self._sockets_changed()
+
+    def drop_socket(self, mark: int) -> None:
+        """Forget a mark, if it is known."""
+        self.sockets.pop(mark, None)
+        self._sockets_changed()
+
+    def _sockets_changed(self) -> None:
+        self.inbound_sockets = any(each.inbound is not None for each in self.sockets.values())
+        self.generation += 1
 
     # -- what key management asks ----------------------------------------------------------------------
 
@@ -307,6 +345,7 @@ class Spd:
             other._insert(policy, rank & 0xFFFFFFFFFFFFFFFF)
         other._next_id, other._next_order, other._next_reqid = self._next_id, self._next_order, self._next_reqid
         other.generation = self.generation
+        other.sockets, other.inbound_sockets = dict(self.sockets), self.inbound_sockets
         return other
 
     # -- indexes ---------------------------------------------------------------------------------------

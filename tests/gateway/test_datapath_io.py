@@ -556,7 +556,7 @@ class Wrap:
         self.events = []
         self.supers = []
 
-    def process(self, packet, now, emit):
+    def process(self, packet, now, emit, mark=0):
         if self.raise_on and self.raise_on in bytes(packet):
             raise RuntimeError("bug")
         emit.events += self.events
@@ -569,10 +569,10 @@ class Wrap:
         emit.wire.append(make(self.src, self.dst, 50, len(body)) + body)
         return Fate.DONE
 
-    def process_run(self, packets, unfinished, now, emit):
+    def process_run(self, packets, unfinished, now, emit, mark=0):
         return 0
 
-    def process_super(self, packet, size, now, emit):
+    def process_super(self, packet, size, now, emit, mark=0):
         self.supers.append((len(packet), size))
         for segment in split(packet, size):
             self.process(segment, now, emit)

@@ -344,11 +344,11 @@ def test_socket_policies_reach_the_hook_with_the_program_s_own_socket(server, pr
 
 
 def test_without_a_daemon_s_hook_a_privileged_program_can_bypass_and_no_more(server, probe):
-    bypass, ipsec = (PolicyExt(kind, 2).to_option().hex() for kind in (4, 2))
-    allowed = 0 if os.geteuid() == 0 else errno.EPERM
+    bypass = PolicyExt(4, 2).to_option().hex()
+    ipsec = PolicyExt(2, 2, requests=[Request(50, 1, 2)]).to_option().hex()
+    allowed = 0 if os.geteuid() == 0 else errno.EACCES
     assert run(server.path, probe, "option", bypass).stdout.split()[:2] == [str(allowed)] * 2
-    refused = errno.EOPNOTSUPP if os.geteuid() == 0 else errno.EPERM
-    assert run(server.path, probe, "option", ipsec).stdout.split()[:2] == [str(refused)] * 2
+    assert run(server.path, probe, "option", ipsec).stdout.split()[:2] == [str(errno.EOPNOTSUPP)] * 2
 
 
 def test_a_program_that_waits_a_millisecond_for_its_reply_gets_it_from_a_daemon_that_takes_longer(probe, tmp_path):
@@ -428,12 +428,15 @@ def test_the_filter_notifies_for_what_ipsecq_serves_and_allows_all_else(machine)
     assert verdict(arch.socket, 15, 3, 2) == "notify"
     assert verdict(arch.setsockopt, 3, 0, 16) == "notify"
     assert verdict(arch.setsockopt, 3, 41, 34) == "notify"
+    assert verdict(arch.getsockopt, 3, 0, 16) == "notify"
+    assert verdict(arch.getsockopt, 3, 41, 34) == "notify"
     assert verdict(arch.socket, 15, 3, 2, audit=0x40000003) == "allow"
     for family in (1, 2, 10, 16, 17):
         assert verdict(arch.socket, family, 3, 2) == "allow"
     for level, option in ((0, 34), (41, 16), (1, 16), (1, 34), (0, 17), (6, 16)):
         assert verdict(arch.setsockopt, 3, level, option) == "allow"
-    for call in {*range(500)} - {arch.socket, arch.setsockopt, arch.poll}:
+        assert verdict(arch.getsockopt, 3, level, option) == "allow"
+    for call in {*range(500)} - {arch.socket, arch.setsockopt, arch.getsockopt, arch.poll}:
         assert verdict(call, 15, 0, 16) == "allow"
     assert verdict(arch.poll, 0x7000, 1, 1) == "notify"
     assert verdict(arch.poll, 0x7000, 2, 1) == "allow"

@@ -30,7 +30,8 @@ class House:
         self.table = SharedTable.open(root / "table", bytes(range(16)), capacity=1 << 16)
         self.authority = Authority(self.table, LeaseBook.open(root / "state", self.table, b"m" * 32))
         self.sampler = Sampler(
-            self.authority, SimpleNamespace(workers=[]), SimpleNamespace(mechanism="x", guarded={}), History(),
+            self.authority, SimpleNamespace(workers=[]),
+            SimpleNamespace(mechanism="x", guarded={}, counters=dict), History(),
             bypass=False, **{"sa_limit": 100, "peer_limit": 100, **limits},
         )  # fmt: skip
 

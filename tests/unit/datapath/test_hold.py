@@ -30,7 +30,7 @@ def test_octets_are_bounded_too():
     assert holder.hold("a", bytes(60), 0.0) == 0
     assert holder.hold("b", bytes(60), 1.0) == 1
     assert holder.hold("c", bytes(101), 2.0) == 1
-    assert holder.release_all() == [(1.0, bytes(60))]
+    assert holder.release_all() == [(1.0, bytes(60), 0)]
 
 
 def test_packets_expire_by_their_own_age():
@@ -40,7 +40,7 @@ def test_packets_expire_by_their_own_age():
     holder.hold("b", b"3", 9.0)
     assert holder.expire(9.9) == 0
     assert holder.expire(10.0) == 1
-    assert holder.release_all() == [(5.0, b"2"), (9.0, b"3")]
+    assert holder.release_all() == [(5.0, b"2", 0), (9.0, b"3", 0)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 50), st.booleans()), max_size=80))
@@ -57,5 +57,5 @@ def test_the_bounds_hold_whatever_comes(steps):
         assert holder.waiting <= 7
         assert came == holder.waiting + holder.dropped + gone
     rest = holder.release_all()
-    assert sum(len(packet) for _, packet in rest) <= 120
+    assert sum(len(packet) for _, packet, _ in rest) <= 120
     assert came == len(rest) + holder.dropped + gone

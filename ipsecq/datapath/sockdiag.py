@@ -1,0 +1,166 @@
+"""sock_diag(7): which mark the socket has that gets a packet, and which marks any socket of this namespace has.
+
+Needs CAP_NET_ADMIN: the kernel shows marks to nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from ipsecq.numbers import IPPROTO_TCP, IPPROTO_UDP
+
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLMSG_ERROR: Final = 2
+_NLMSG_DONE: Final = 3
+_REQUEST: Final = 1
+_DUMP: Final = 0x300
+_HEADER: Final = struct.Struct("=IHHII")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_QUERY: Final = struct.Struct("=BBBBIHH16s16sIII")
+_ANSWER_SIZE: Final = 72
+"""``struct inet_diag_msg``; attributes follow."""
+_BYTECODE: Final = 1
+_MARK: Final = 15
+_ALL_STATES: Final = 0xFFFFFFFF
+_NO_COOKIE: Final = 0xFFFFFFFF
+_BUFFER: Final = 1 << 16
+_TIMEOUT: Final = 1.0
+LOCAL_SECONDS: Final = 2.0
+"""For how long an address is believed to be ours, or not."""
+_MAX_LOCAL: Final = 4096
+
+
+class SockDiag:
+    """One netlink socket in the network namespace of the thread that makes it.  OSError where there is no sock_diag."""
+
+    def __init__(self) -> None:
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
+        self.socket.settimeout(_TIMEOUT)
+        self._sequence = 0
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()
+
+    def mark_of(self, src: bytes, dst: bytes, protocol: int, sport: int, dport: int, device: int = 0) -> int:
+        """The whole mark of the socket that gets a packet of TCP or UDP from ``src`` to ``dst``; 0 without one.
+
+        ``device`` is the index of the device on which the packet arrives, for sockets that are bound to one.  OSError
+        when the kernel does not answer.
+        """
+        family = socket.AF_INET if len(src) == 4 else socket.AF_INET6
+        near, far = (dst, dport), (src, sport)
+        if protocol == IPPROTO_UDP:
+            near, far = far, near  # "src and dst are swapped for historical reasons": udp_diag looks as the packet does
+        query = _QUERY.pack(
+            family, protocol, 0, 0, _ALL_STATES, socket.htons(near[1]), socket.htons(far[1]),
+            near[0].ljust(16, b"\0"), far[0].ljust(16, b"\0"), device, _NO_COOKIE, _NO_COOKIE,
+        )  # fmt: skip
+        try:
+            for answer in self._ask(query, _REQUEST):
+                return _mark(answer)
+        except FileNotFoundError:  # ENOENT: nobody gets it
+            return 0
+        return 0
+
+    def marks(self, mask: int) -> set[int]:
+        """The values of the bits in ``mask`` that sockets of TCP and UDP carry now, those in TIME_WAIT too; not 0.
+
+        Sockets that are neither bound nor connected are not among them.  Raises OSError.
+        """
+        # Program: if mark & mask == 0 go on to a jump that leads past the end (refused), else to the end (taken).
+        program = struct.pack("=BBHIIBBH", 10, 12, 16, 0, mask, 1, 4, 8)
+        attribute = _ATTRIBUTE.pack(4 + len(program), _BYTECODE) + program
+        found: set[int] = set()
+        for family in (socket.AF_INET, socket.AF_INET6):
+            for protocol in (IPPROTO_TCP, IPPROTO_UDP):
+                query = _QUERY.pack(family, protocol, 0, 0, _ALL_STATES, 0, 0, bytes(16), bytes(16), 0, 0, 0)
+                found.update(_mark(answer) & mask for answer in self._ask(query + attribute, _REQUEST | _DUMP))
+        return found
+
+    def _ask(self, query: bytes, flags: int) -> Iterator[memoryview]:
+        """``inet_diag_msg`` and attributes of each answer.  Raises OSError."""
+        self._sequence += 1
+        header = _HEADER.pack(_HEADER.size + len(query), _SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
+        self.socket.send(header + query)
+        while True:
+            data = memoryview(self.socket.recv(_BUFFER))
+            while len(data) >= _HEADER.size:
+                length, kind, _, sequence, _ = _HEADER.unpack_from(data)
+                message, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
+                if sequence != self._sequence:
+                    continue  # left over from a question that was given up
+                if kind == _NLMSG_DONE:
+                    return
+                if kind == _NLMSG_ERROR:
+                    number = -int(struct.unpack_from("=i", message)[0])
+                    if number == errno.ENOENT and flags & _DUMP:
+                        return  # no such protocol here, so no such sockets
+                    raise OSError(number, "sock_diag")
+                yield message
+                if not flags & _DUMP:
+                    return
+
+
+def _mark(answer: memoryview) -> int:
+    rest = answer[_ANSWER_SIZE:]
+    while len(rest) >= 4:
+        length, kind = _ATTRIBUTE.unpack_from(rest)
+        if kind == _MARK:
+            return int(struct.unpack_from("=I", rest, 4)[0])
+        if length < 4:
+            break
+        rest = rest[(length + 3) & ~3 :]
+    return 0
+
+
+class SocketLookup:
+    """:data:`ipsecq.engine.tables.SocketOf` of a worker."""
+
+    def __init__(self, mask: int, device: str) -> None:
+        """``mask``: the bits that name policies; ``device``: on which decapsulated packets arrive."""
+        self._mask = mask
+        self._device = device
+        self._index = 0
+        self._diag: SockDiag | None = None
+        self._local: dict[bytes, tuple[float, bool]] = {}
+
+    def __call__(self, src: bytes, dst: bytes, protocol: int, sport: int, dport: int) -> int:
+        """See the class."""
+        if not self._is_local(dst):
+            return 0
+        try:
+            if self._diag is None:
+                self._diag = SockDiag()
+                self._index = socket.if_nametoindex(self._device)
+            return self._diag.mark_of(src, dst, protocol, sport, dport, self._index) & self._mask
+        except OSError:
+            return -1
+
+    def close(self) -> None:
+        """Close the socket, if there is one."""
+        if self._diag is not None:
+            self._diag.close()
+
+    def _is_local(self, address: bytes) -> bool:
+        """Listeners on any address would be found for packets that only pass through."""
+        now = time.monotonic()
+        known = self._local.get(address)
+        if known is not None and now < known[0]:
+            return known[1]
+        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+        local = False
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe, contextlib.suppress(OSError):
+            probe.bind((socket.inet_ntop(family, address), 0))
+            local = True
+        if len(self._local) >= _MAX_LOCAL:
+            self._local.clear()
+        self._local[address] = now + LOCAL_SECONDS, local
+        return local
