@@ -40,7 +40,7 @@ test: ## the whole test suite, linters included (root)
 test-system: ## the package on a whole Debian machine in QEMU: install, tunnel to the kernel's IPsec, restart, reboot (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_SYSTEM)
 	@.ci/need-venv $(VENV) test
-	@$(VENV)/bin/python -m pytest tests/system $(PYTEST)
+	@$(VENV)/bin/python -m pytest -x tests/system $(PYTEST)
 
 check: ## ruff, mypy --strict, and the contract that imports only point down
 	@.ci/need-packages $(PACKAGES_BUILD)

@@ -7,6 +7,7 @@ The tests are one story, told in the order of the file: each takes the machine a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import subprocess
@@ -22,7 +23,7 @@ import image
 import machine
 
 from ipsecq.lab import uml
-from ipsecq.lab.netns import Lab, Namespace
+from ipsecq.lab.netns import Lab, LabError, Namespace
 from ipsecq.lab.topology import forward
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +107,14 @@ def stage(package):
         )
         box = machine.Machine(router, image.build(), wan, lan, package)
         yield Stage(host, router, box, peer)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """The daemon's journal beside a failure."""
+    report = yield
+    if report.failed and call.when == "call" and (stage := item.funcargs.get("stage")) is not None:
+        with contextlib.suppress(LabError, OSError, KeyError):
+            journal = stage.box.shell("journalctl -b -u ipsecq -u ipsecq-nft --no-pager | tail -40")
+            report.sections.append(("journal", journal))
+    return report

@@ -1,6 +1,7 @@
 """The systemd units: accepted without a word, exposed no more than promised, and still what the daemon needs."""
 
 import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,14 @@ def test_the_blocking_rules_never_replace_those_of_a_running_daemon(block):
     assert block["Service"]["RemainAfterExit"] == ["yes"]
     assert "ExecStop" not in block["Service"], "they stay"
     assert block["Service"]["CapabilityBoundingSet"] == ["CAP_NET_ADMIN"]
+
+
+def test_every_family_of_sockets_that_the_daemon_opens_is_allowed(unit):
+    rooms = ("daemon", "datapath", "netfilter", "metrics")
+    text = "".join(path.read_text() for room in rooms for path in (CI.parent / "ipsecq" / room).rglob("*.py"))
+    opened = set(re.findall(r"socket\.(AF_[A-Z0-9]+)", text))
+    assert "AF_NETLINK" in opened
+    assert opened <= set(unit["Service"]["RestrictAddressFamilies"][0].split())
 
 
 def test_a_mistake_in_a_file_is_not_tried_again(unit):
