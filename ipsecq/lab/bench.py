@@ -1,8 +1,8 @@
 """``make bench``: throughput from LAN to LAN through ipsecq and through other ways, in alternating runs.
 
 For each path, in a fresh network each time: the idle round trip (ping), one iperf3 TCP flow, and small UDP datagrams
-sent as fast as one process can, counted by the receiving host's kernel.  Medians over the rounds, and ratios: numbers
-of one machine say little, ratios of one run say something.
+sent as fast as one process can, counted by the receiving host's kernel; then nine tenths of what came through, for the loss.
+Medians over the rounds, and ratios: numbers of one machine say little, ratios of one run say something.
 """
 
 from __future__ import annotations
@@ -15,31 +15,19 @@ import re
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from ipsecq.lab import bench_report
+from ipsecq.lab.bench_report import Samples, table
 from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
-from ipsecq.lab.paths import Path, all_paths
+from ipsecq.lab.paths import Path as Way
+from ipsecq.lab.paths import all_paths
 from ipsecq.lab.topology import Network
 
 UDP_OCTETS: Final = 64
 UDP_PORT: Final = 5003
-
-
-@dataclass
-class Samples:
-    """What was measured on one path."""
-
-    tcp: list[float] = field(default_factory=list)
-    """Gbit/s received."""
-    udp: list[float] = field(default_factory=list)
-    """Thousands of datagrams delivered a second."""
-    offered: list[float] = field(default_factory=list)
-    """Thousands of datagrams sent a second."""
-    rtt: list[float] = field(default_factory=list)
-    """Idle round trip, milliseconds."""
-    failures: list[str] = field(default_factory=list)
 
 
 def round_trip(network: Network) -> float:
@@ -68,21 +56,30 @@ def tcp_gigabits(network: Network, seconds: float) -> float:
 
 
 def udp_kpps(network: Network, seconds: float) -> tuple[float, float]:
-    """(delivered, offered) datagrams in thousands a second.  The receiver's kernel counts, no program reads."""
+    """(delivered, offered) datagrams in thousands a second, as fast as one process can send them."""
+    return udp_run(network, seconds)[:2]
+
+
+def udp_run(network: Network, seconds: float, rate: float = 0.0) -> tuple[float, float, float]:
+    """(delivered, offered) datagrams in thousands a second, and the share lost.  The receiver's kernel counts.
+
+    ``rate``: datagrams a second that are offered; 0: as many as one process can send.
+    """
     with network.two.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
         sink.bind((network.two.host4, UDP_PORT))
         before = arrived(network.two.host)
         started = time.monotonic()
         done = network.one.host.run(
             sys.executable, "-m", "ipsecq.lab.blast", network.two.host4, str(UDP_PORT), str(seconds), str(UDP_OCTETS),
-            timeout=seconds + 30,
+            str(rate), timeout=seconds + 30,
         )  # fmt: skip
         sent = int(done.stdout)
         # Datagrams still in queues arrive late; the time that they take counts.
         count, elapsed = arrived(network.two.host), time.monotonic() - started
         while (more := _arrived_after(network.two.host, 0.2)) - count > sent * 0.001:
             count, elapsed = more, time.monotonic() - started
-    return (count - before) / max(seconds, elapsed - 0.1) / 1e3, sent / seconds / 1e3
+    lost = 1 - (count - before) / sent if sent else 0.0
+    return (count - before) / max(seconds, elapsed - 0.1) / 1e3, sent / seconds / 1e3, max(lost, 0.0)
 
 
 def arrived(space: Namespace) -> int:
@@ -98,35 +95,19 @@ def _arrived_after(space: Namespace, seconds: float) -> int:
     return arrived(space)
 
 
-def measure(path: Path, seconds: float, samples: Samples) -> None:
+def measure(path: Way, seconds: float, samples: Samples) -> None:
     """One round on one path."""
     try:
         with path.up() as network:
             samples.rtt.append(round_trip(network))
             samples.tcp.append(tcp_gigabits(network, seconds))
             delivered, offered = udp_kpps(network, seconds)
+            _, _, lost = udp_run(network, seconds, 900 * delivered)
+            samples.loss.append(lost)
             samples.udp.append(delivered)
             samples.offered.append(offered)
     except (LabError, KeyError, json.JSONDecodeError) as error:
         samples.failures.append(str(error))
-
-
-def table(results: dict[str, Samples], reference: str = "ipsecq") -> str:
-    """The report: medians, and each path's throughput as a multiple of the reference."""
-    rows = [f"{'path':27}{'TCP Gbit/s':>12}{'x':>9}{'UDP kpps':>12}{'x':>9}{'of offered':>12}{'RTT ms':>9}"]
-    base = results.get(reference, Samples())
-    for name, samples in results.items():
-        if not samples.udp:
-            rows.append(f"{name:27}  failed: {(samples.failures or ['?'])[-1].splitlines()[0]}")
-            continue
-        cells = f"{name:27}{median(samples.tcp):12.3f}{_ratio(samples.tcp, base.tcp):>9}"
-        cells += f"{median(samples.udp):12.1f}{_ratio(samples.udp, base.udp):>9}"
-        rows.append(cells + f"{median(samples.offered):12.0f}{median(samples.rtt):9.3f}")
-    return "\n".join(rows)
-
-
-def _ratio(values: list[float], base: list[float]) -> str:
-    return f"{median(values) / median(base):.3g}" if base else "-"
 
 
 def main() -> int:
@@ -137,17 +118,20 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="workers of each ipsecq gateway")
     parser.add_argument("--only", default="", help="comma-separated beginnings of path names, e.g. plain,ipsecq")
     parser.add_argument("--json", default="", metavar="FILE", help="write all samples here")
+    parser.add_argument("--write", default="", metavar="FILE", help="write a page (and FILE's .svg), as docs/benchmarks.md")
     options = parser.parse_args()
     wanted = tuple(options.only.split(",")) if options.only else ("",)
     paths = [path for path in all_paths(options.workers) if path.name.startswith(wanted)]
     results: dict[str, Samples] = {}
+    versions: dict[str, str] = {}
     print(f"Linux {platform.release()}, {os.cpu_count()} cores, {options.rounds} rounds of {options.seconds:g} s")
     for path in list(paths):
         if why := path.missing():
             print(f"  left out: {path.name}: {why}")
             paths.remove(path)
         else:
-            print(f"  {path.name}: {path.version()}")
+            versions[path.name] = path.version()
+            print(f"  {path.name}: {versions[path.name]}")
             results[path.name] = Samples()
     for number in range(options.rounds):
         for path in paths:
@@ -155,12 +139,13 @@ def main() -> int:
             measure(path, options.seconds, results[path.name])
     print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
     print(table(results))
-    print("x: the multiple of ipsecq's throughput in this run; all traffic is IPv4, LAN MTU 1400.")
     for name, samples in results.items():
         for failure in samples.failures:
             print(f"{name}: {failure}", file=sys.stderr)
     if options.json:
         write(options.json, results)
+    if options.write:
+        bench_report.write(Path(options.write), results, versions, rounds=options.rounds, seconds=options.seconds)
     return 1 if any(samples.failures for samples in results.values()) else 0
 
 

@@ -1,4 +1,7 @@
-"""Send small UDP datagrams as fast as one process can: ``python -m ipsecq.lab.blast ADDRESS PORT SECONDS OCTETS``."""
+"""Send small UDP datagrams: ``python -m ipsecq.lab.blast ADDRESS PORT SECONDS OCTETS [PER_SECOND]``.
+
+As fast as one process can, or so many a second, sixteen at a time.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,22 @@ import socket
 import sys
 import time
 
+BURST = 16
+
 
 def main() -> None:
     """Send, then print how many datagrams went out."""
     address, port, seconds, size = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
+    rate = float(sys.argv[5]) if len(sys.argv) > 5 else 0.0
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sent, data = 0, bytes(size)
     with socket.socket(family, socket.SOCK_DGRAM) as out:
         out.connect((address, port))
-        send, deadline = out.send, time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            for _ in range(64):
+        send, start = out.send, time.monotonic()
+        while (now := time.monotonic() - start) < seconds:
+            if rate and sent > now * rate:
+                continue
+            for _ in range(BURST if rate else 64):
                 try:
                     send(data)
                     sent += 1
