@@ -21,9 +21,13 @@ _OUT_PACKETS: Final = int(Counter.OUT_PACKETS)
 _OUT_BYTES: Final = int(Counter.OUT_BYTES)
 _FLOW_HIT: Final = int(Counter.FLOW_HIT)
 
-# Version, TOS and length; flags; protocol; addresses and ports.  In IPv6: flow label and length, next header, the rest.
-_READ4: Final = Struct(">4s2xHxB2x12s").unpack_from
-_READ6: Final = Struct(">7sx36s").unpack_from
+# Version, TOS and length; flags; protocol; addresses and ports (and UDP's length).  In IPv6 the flow label, too.
+_READ: Final = {
+    (4, IPPROTO_TCP): Struct(">4s2xHxB2x12s").unpack_from,
+    (4, IPPROTO_UDP): Struct(">4s2xHxB2x14s").unpack_from,
+    (6, IPPROTO_TCP): Struct(">7sx36s").unpack_from,
+    (6, IPPROTO_UDP): Struct(">7sx38s").unpack_from,
+}
 
 
 class OutboundRuns(Outbound):
@@ -53,7 +57,11 @@ class OutboundRuns(Outbound):
             return 0
         if decision.sealed_length(length, view.header_length) > self._mtu_of(decision.dst):
             return 0
-        members = alike(packets, view.version, length)
+        if view.protocol == IPPROTO_UDP and int.from_bytes(first[view.offset + 4 : view.offset + 6], "big") != (
+            length - view.offset
+        ):
+            return 0
+        members = alike(packets, view.version, view.protocol, length)
         if len(members) < MIN_RUN:
             return 0
         finished = decision.first.apply_equal(members, unfinished, view, now, emit)
@@ -68,12 +76,12 @@ class OutboundRuns(Outbound):
         return count
 
 
-def alike(packets: Sequence[Buffer], version: int, length: int) -> list[Buffer]:
-    """Those of ``packets``, from the first on, that have its addresses, ports, length, TOS and DF.
+def alike(packets: Sequence[Buffer], version: int, protocol: int, length: int) -> list[Buffer]:
+    """Those of ``packets``, from the first on, that have its addresses, ports, lengths, TOS and DF.
 
-    The first one is of ``length`` octets and has ports right behind an IP header without options.
+    The first one is of ``length`` octets and has a TCP or UDP header right behind an IP header without options.
     """
-    read = _READ4 if version == 4 else _READ6
+    read = _READ[version, protocol]
     start = read(packets[0])
     members: list[Buffer] = []
     for packet in packets:
