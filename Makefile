@@ -17,6 +17,7 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
 PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
+PACKAGES_BENCH := $(PACKAGES_LAB) wireguard-go wireguard-tools charon-systemd strongswan-swanctl libcharon-extra-plugins
 PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
 PACKAGES_SYSTEM := $(PACKAGES_LAB) user-mode-linux kmod qemu-system-x86 mmdebstrap e2fsprogs cpio lintian
 
@@ -70,10 +71,10 @@ soak: ## an hour at half load: nothing may grow; SOAK="--seconds 600" (root)
 	@.ci/need-venv $(VENV)
 	@$(VENV)/bin/python -m ipsecq.lab.soak $(SOAK)
 
-bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it (root)
-	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
+bench: ## throughput of the demo topology: plain forwarding, ipsecq, and other ways to do it; writes docs/benchmarks.md (root)
+	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_BENCH)
 	@.ci/need-venv $(VENV) lab
-	@$(VENV)/bin/python -m ipsecq.lab.bench $(BENCH)
+	@$(VENV)/bin/python -m ipsecq.lab.bench $(or $(BENCH),--write docs/benchmarks.md)
 
 bench-keys: ## SAs added a second, a dump of 100,000, time until all workers have an ADD (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)
