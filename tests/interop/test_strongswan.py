@@ -52,7 +52,12 @@ def world(kernel_peer, request):
             there.initiate()
         wait_for(lambda: len(iked.sas(bench.gateway)) == 2, "SAs here", 20, every=0.1)
         wait_for(lambda: bench.gateway.status()["policy_count"] >= 2, "policies here", 20, every=0.1)
-        return SimpleNamespace(bench=bench, here=here, there=there, version=version)
+        made = SimpleNamespace(bench=bench, here=here, there=there, version=version)
+        wait_for(lambda: there.states() == spis(made), "the same SAs there", 10, every=0.1)
+        wait_for(lambda: bench.peer.run("ip", "xfrm", "policy").out.count("tmpl") >= 3, "policies there", 10, every=0.1)
+        # The first packet of a pair of hosts meets neighbour caches that are empty: not what is tested here.
+        wait_for(lambda: ping(bench.host, FAR_HOST[version], count=1, wait=1), "a first packet", 5)
+        return made
 
     yield make
     for end in ends:
@@ -68,7 +73,7 @@ def spis(world):
 
 def check_traffic(world):
     bench, version = world.bench, world.version
-    assert ping(bench.host, FAR_HOST[version], count=5) == 5
+    assert ping(bench.host, FAR_HOST[version], count=5, wait=5) == 5
     argv = ("ping", "-n", "-q", "-c", "5", "-i", "0.2", "-I", FAR_HOST[version], NEAR_HOST[version])
     assert " 0% packet loss" in bench.peer.run(*argv).out
     ends = SimpleNamespace(mode="tunnel", inner=version, outer=version)
