@@ -50,6 +50,7 @@ class Counter(IntEnum):
     IN_DISCARD = 35
     IN_TOODEEP = 36
     IN_HISTORY = 37
+    IN_INTERFACE = 38
     # -- ESP (netstat -sp esp) -------------------------------------------------------------------------
     ESP_HDROPS = 40
     ESP_NOTDB = 41
@@ -101,6 +102,7 @@ class Counter(IntEnum):
     SEND_FAILED = 100
     INJECT_FAILED = 101
     OVERLOAD = 102
+    INTERFACE_DOWN = 103
     # -- counts that are no drops ----------------------------------------------------------------------
     ESP_INPUT = 128
     ESP_OUTPUT = 129

@@ -56,6 +56,13 @@ def status(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOptio
 
 
 @app.command()
+def interface(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOption = False) -> None:
+    """List the route-based tunnels: device, ends, reqid, MTU, state, and packets as the device counts them."""
+    found = _ask(config, "interface")
+    print(json.dumps(found, indent=2) if as_json else report.interfaces(found))
+
+
+@app.command()
 def stat(
     config: ConfigOption = configuration.DEFAULT_PATH,
     protocol: Annotated[str, typer.Option("-p", help="ipsec, esp, ah or ipcomp.")] = "",

@@ -110,7 +110,9 @@ def configuration_page() -> str:
         lines += [f'.SH "[{_roff(name)}]"', _roff(meaning)]
         for entry in entries:
             lines += [".TP", f"\\fB{_roff(entry.key)}\\fR = \\fI{_roff(entry.kind)}\\fR"]
-            lines.append(_roff(f"{entry.meaning} Default: {entry.default}. {entry.note}".rstrip()))
+            needed = name.startswith("[") and entry.example
+            ending = "Required." if needed else f"Default: {entry.default}."
+            lines.append(_roff(f"{entry.meaning} {ending} {entry.note}".rstrip()))
     lines += ['.SH "[sysctl]"', _roff(reference.SYSCTL_MEANING)]
     for name, default, values, meaning in reference.sysctl_entries():
         lines += [".TP", f'\\fB"{_roff(name)}"\\fR = \\fI{_roff(values)}\\fR', _roff(f"{meaning} Default: {default}.")]

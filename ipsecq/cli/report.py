@@ -72,6 +72,8 @@ def status(answer: dict[str, Any]) -> str:
             ],
         )
     )  # fmt: skip
+    if answer["interfaces"]:
+        lines += ["", "Interfaces", interfaces(answer["interfaces"])]
     lines += ["", f"SAs ({answer['sa_count']})"]
     for sa in answer["sas"]:
         algorithms = " ".join(filter(None, (sa["encryption"], sa["authentication"], sa["compression"])))
@@ -97,6 +99,21 @@ def status(answer: dict[str, Any]) -> str:
     lines += ["", "Counters"]
     lines.append(table(("name", "count"), sorted(answer["counters"].items())))
     return "\n".join(lines)
+
+
+def interfaces(found: Iterable[dict[str, Any]]) -> str:
+    """The table of ``ipsecq interface``."""
+    rows = []
+    for each in found:
+        state = ", ".join(filter(None, ("up" if each["up"] else "DOWN", each["problem"])))
+        rows.append((
+            each["name"], each["local"], each["remote"], each["reqid"], each["mtu"], state, each["packets_in"],
+            octets(each["bytes_in"]), each["packets_out"], octets(each["bytes_out"]),
+            each["drops_in"] + each["drops_out"],
+        ))  # fmt: skip
+    return table(
+        ("name", "local", "remote", "reqid", "mtu", "state", "in", "", "out", "", "dropped"), rows
+    )  # fmt: skip
 
 
 def duration(seconds: float) -> str:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, get_type_hints
 
 from ipsecq.daemon.options import (
+    ARRAYS,
     MARK_SOCKETS,
     SECTIONS,
     DaemonConfig,
+    InterfaceConfig,
     LogConfig,
     MetricsConfig,
     NftablesConfig,
@@ -23,10 +26,12 @@ from ipsecq.daemon.options import (
 )
 from ipsecq.errors import ConfigError, SysctlError
 from ipsecq.netfilter.settings import NetfilterSettings
+from ipsecq.policy.interface import Interface
 from ipsecq.sysctl import VARIABLES, Sysctl
 
 DEFAULT_PATH: Final = Path("/etc/ipsecq/ipsecq.toml")
 CREDENTIAL: Final = "credential:"
+_DEVICE: Final = r"[A-Za-z0-9_.-]{1,15}"
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,6 +44,7 @@ class Config:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     sysctl: dict[str, int] = field(default_factory=dict)
+    interface: tuple[InterfaceConfig, ...] = ()
     path: Path = DEFAULT_PATH
 
     @property
@@ -86,6 +92,14 @@ class Config:
         """(host, port) of ``metrics.listen``, or None."""
         return _address(self.metrics.listen) if self.metrics.listen else None
 
+    @property
+    def interfaces(self) -> tuple[Interface, ...]:
+        """The route-based tunnels."""
+        return tuple(
+            Interface(each.name, _packed(each.local), _packed(each.remote), each.reqid, each.mtu)
+            for each in self.interface
+        )
+
     def netfilter(self) -> NetfilterSettings:
         """What the ruleset compiler needs to know."""
         table = self.nftables
@@ -105,6 +119,7 @@ class Config:
             neighbour_discovery=table.neighbour_discovery,
             inner_dir=str(self._resolve(table.inner_dir)) if table.inner_dir else "",
             reqid_mark=table.reqid_mark,
+            interfaces=tuple(each.name for each in self.interface),
         )
 
     def _resolve(self, name: str) -> Path:
@@ -139,9 +154,12 @@ def parse(text: str, path: Path = DEFAULT_PATH) -> Config:
         if name == "sysctl":
             sections[name] = checker.sysctl(value)
         elif name in SECTIONS:
-            sections[name] = checker.section(name, SECTIONS[name], value)
+            sections[name] = checker.section((name,), SECTIONS[name], value)
+        elif name in ARRAYS:
+            sections[name] = checker.array(name, ARRAYS[name], value)
         else:
-            expected = ", ".join(f"[{section}]" for section in (*SECTIONS, "sysctl"))
+            known = [*(f"[{section}]" for section in (*SECTIONS, "sysctl")), *(f"[[{array}]]" for array in ARRAYS)]
+            expected = ", ".join(known)
             raise checker.error((name,), f"unknown table or key {name!r}; expected {expected}")
     config = Config(**sections, path=path)
     checker.whole(config)
@@ -160,17 +178,30 @@ class _Checker:
         line, column, value_column = self._places.get(key, (0, 0, 0))
         return ConfigError(message, file=self._file, line=line, column=value_column if value else column)
 
-    def section(self, name: str, cls: type[Any], table: object) -> Any:
+    def array(self, name: str, cls: type[Any], tables: object) -> tuple[Any, ...]:
+        """Tables that may come more than once; a key whose default means nothing has to be there."""
+        if not isinstance(tables, list):
+            raise self.error((name,), f"expected tables [[{name}]]")
+        made = []
+        for number, table in enumerate(tables):
+            made.append(self.section((name, str(number)), cls, table))
+            for each in fields(cls):
+                if not each.default and each.name not in table:
+                    raise self.error((name, str(number)), f"[[{name}]] needs {each.name}")
+        return tuple(made)
+
+    def section(self, place: tuple[str, ...], cls: type[Any], table: object) -> Any:
         """One table as its dataclass."""
+        name = place[0] if len(place) == 1 else f"[{place[0]}]"
         if not isinstance(table, dict):
-            raise self.error((name,), f"expected a table [{name}]")
+            raise self.error(place, f"expected a table [{name}]")
         hints = get_type_hints(cls)
         known = {each.name: each for each in fields(cls)}
         checked: dict[str, Any] = {}
         for key, value in table.items():
             if key not in known:
-                raise self.error((name, key), f"unknown key {key!r} in [{name}]; expected {', '.join(known)}")
-            checked[key] = self._value((name, key), hints[key], known[key].metadata, value)
+                raise self.error((*place, key), f"unknown key {key!r} in [{name}]; expected {', '.join(known)}")
+            checked[key] = self._value((*place, key), hints[key], known[key].metadata, value)
         return cls(**checked)
 
     def _value(self, key: tuple[str, ...], hint: Any, metadata: Any, value: object) -> object:
@@ -233,7 +264,8 @@ class _Checker:
             raise self.error(("daemon", "queue_base"), f"{queues} queues from here on pass 65535", value=True)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,31}", config.nftables.table):
             raise self.error(("nftables", "table"), "table: expected a name of letters, digits and _", value=True)
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", config.nftables.enc_device):
+        self._interfaces(config)
+        if not re.fullmatch(_DEVICE, config.nftables.enc_device):
             raise self.error(("nftables", "enc_device"), "enc_device: expected a device name (1 to 15)", value=True)
         if config.metrics.listen:
             try:
@@ -241,6 +273,38 @@ class _Checker:
             except ValueError:
                 message = f'listen: expected "address:port" or "[address]:port", found "{config.metrics.listen}"'
                 raise self.error(("metrics", "listen"), message, value=True) from None
+
+
+    def _interfaces(self, config: Config) -> None:
+        names: set[str] = {config.nftables.enc_device, "lo", "all", "default"}
+        reqids: set[int] = set()
+        for number, each in enumerate(config.interface):
+            place = "interface", str(number)
+            if not re.fullmatch(_DEVICE, each.name) or each.name in names:
+                raise self.error((*place, "name"), "name: expected a device name (1 to 15) of its own", value=True)
+            if each.reqid in reqids:
+                raise self.error((*place, "reqid"), f"reqid: {each.reqid} is that of another interface", value=True)
+            names.add(each.name)
+            reqids.add(each.reqid)
+            ends = []
+            for key in ("local", "remote"):
+                try:
+                    ends.append(_packed(getattr(each, key)))
+                except ValueError:
+                    message = f'{key}: expected an IPv4 or IPv6 address, found "{getattr(each, key)}"'
+                    raise self.error((*place, key), message, value=True) from None
+            if len(ends[0]) != len(ends[1]) or ends[0] == ends[1]:
+                raise self.error(
+                    (*place, "remote"), "remote: expected another address, of the same family as local", value=True
+                )
+
+
+def _packed(text: str) -> bytes:
+    """A numeric address of either family; ValueError."""
+    try:
+        return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except OSError:
+        raise ValueError(text) from None
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -270,7 +334,7 @@ def _toml(value: object) -> str:
 
 _PART: Final = r"""(?:"[^"\n]*"|'[^'\n]*'|[A-Za-z0-9_-]+)"""
 _KEY: Final = rf"({_PART}(?:\s*\.\s*{_PART})*)"
-_LINE: Final = re.compile(rf"\s*(?:\[\s*{_KEY}\s*\]|{_KEY}\s*=\s*)")
+_LINE: Final = re.compile(rf"\s*(?:\[\s*{_KEY}\s*\]|{_KEY}\s*=\s*|\[\[\s*{_KEY}\s*\]\])")
 
 
 def _scan(text: str) -> list[tuple[tuple[str, ...], tuple[int, int, int]]]:
@@ -281,13 +345,18 @@ def _scan(text: str) -> list[tuple[tuple[str, ...], tuple[int, int, int]]]:
     """
     places: dict[tuple[str, ...], tuple[int, int, int]] = {}
     table: tuple[str, ...] = ()
+    counts: dict[tuple[str, ...], int] = {}
     for number, line in enumerate(text.splitlines(), 1):
         match = _LINE.match(line)
         if not match:
             continue
-        path = tuple(part.strip("\"'") for part in re.findall(_PART, match[1] or match[2]))
-        column = match.start(1 if match[1] else 2) + 1
-        if match[1]:
+        group = 1 if match[1] else 2 if match[2] else 3
+        path = tuple(part.strip("\"'") for part in re.findall(_PART, match[group]))
+        column = match.start(group) + 1
+        if group == 3:  # one more of its name
+            counts[path] = counts.get(path, -1) + 1
+            path = table = (*path, str(counts[path]))
+        elif group == 1:
             table = path
         else:
             path = (*table, *path)

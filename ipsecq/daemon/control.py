@@ -34,7 +34,7 @@ PATIENCE: Final = 10.0
 MAX_STREAMS: Final = 8
 """Clients that read a stream; the other places stay free for questions."""
 
-READ_ONLY: Final = frozenset({"status", "stat", "monitor", "sample", "sysctl-get", "version", "explain"})
+READ_ONLY: Final = frozenset({"status", "interface", "stat", "monitor", "sample", "sysctl-get", "version", "explain"})
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[object]]
 """``handler(command, request) -> result``, something that JSON can say, or a :class:`Stream`; IpsecqError for the

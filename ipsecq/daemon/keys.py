@@ -43,8 +43,10 @@ class AuthorityDatabase:
         authority: Authority,
         acquire_failed: Callable[[int, bytes, bytes, int], None],
         clock: Callable[[], float] = time.time,
+        interfaces: Callable[[], dict[int, Policy]] = dict,
     ) -> None:
-        self._authority, self._clock = authority, clock
+        """``interfaces``: the policies of route-based tunnels by their ids, which are not in the SPD."""
+        self._authority, self._clock, self._interfaces = authority, clock, interfaces
         self.acquire_failed = acquire_failed
 
     def find_sa(self, key: SaKey) -> SecurityAssociation | None:  # noqa: D102
@@ -86,7 +88,7 @@ class AuthorityDatabase:
         return self._authority.spd.find(direction, selector)
 
     def get_policy(self, policy_id: int) -> Policy:  # noqa: D102
-        return self._authority.spd.get(policy_id)
+        return self._interfaces().get(policy_id) or self._authority.spd.get(policy_id)
 
     def flush_policies(self) -> Sequence[Policy]:  # noqa: D102
         return self._authority.flush_policies()
@@ -147,9 +149,10 @@ class KeyService:
         publish: Callable[[], Awaitable[None]],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
         acquire_failed: Callable[[int, bytes, bytes, int], None],
+        interfaces: Callable[[], dict[int, Policy]] = dict,
     ) -> None:
-        self._authority = authority
-        database = AuthorityDatabase(authority, acquire_failed)
+        self._authority, self._interfaces = authority, interfaces
+        database = AuthorityDatabase(authority, acquire_failed, interfaces=interfaces)
         self.server = PfkeyServer(
             database, time.time, secrets.randbelow, allow_legacy=config.daemon.allow_legacy, knobs=authority.sysctl.key
         )
@@ -226,7 +229,7 @@ class KeyService:
         if len(src) != len(dst) or len(src) not in (4, 16) or len(self.server.acquires) >= MAX_ACQUIRES:
             return False
         try:
-            policy = self._authority.policy(policy_id)
+            policy = self._interfaces().get(policy_id) or self._authority.policy(policy_id)
         except SpdError:
             return False  # deleted a moment ago
         for transform in policy.transforms:
@@ -242,7 +245,9 @@ class KeyService:
         now = time.monotonic()
         if now >= self._next_log:
             self._next_log = now + LOG_SECONDS
-            log.warning("policy %d wants an SA and no key management is running: add it with ipsecq setkey", policy.id)
+            interface = policy.id in self._interfaces()
+            who = f"interface {policy.label}" if interface else f"policy {policy.id}"
+            log.warning("%s wants an SA and no key management is running: add it with ipsecq setkey", who)
 
     def expired(self, found: Iterable[tuple[SecurityAssociation, bool]]) -> None:
         """SAs that reached a limit, as :meth:`Authority.expire` says."""

@@ -41,6 +41,7 @@ class WorkerSetup:
     """Its lanes."""
     plain_queue: int
     """Queue in which the kernel cuts super-packets; -1: no super-packets, please."""
+    workers: int
     mark_done: int
     mark_stolen: int
     mark_sockets: int

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from ipsecq.policy.interface import MAX_REQID
+
 QUEUE_BASE: Final = 0x4950
 """18768, "IP": away from the small numbers that other users of NFQUEUE take first."""
 
@@ -219,6 +221,28 @@ class LogConfig:
     level: str = _option("info", "The least that is logged.", among=("debug", "info", "warning", "error"))
     format: str = _option("text", "Lines for people or objects for programs.", among=("text", "json"))
 
+
+@dataclass(slots=True, frozen=True)
+class InterfaceConfig:
+    """A route-based tunnel in the manner of if_ipsec(4): what is routed into the device leaves through the SAs with its
+    reqid, or not at all, and what those open enters from it. Addresses and routes are yours (`ip address`, `ip route`).
+    Repeat the table for each; a reload makes, changes and removes devices."""
+
+    name: str = _option("", "Name of the device.", shape="device name", example='"ipsec0"')
+    local: str = _option("", "Outer address of this end, IPv4 or IPv6.", shape="address", example='"192.0.2.1"')
+    remote: str = _option("", "Outer address of the far end.", shape="address", example='"198.51.100.1"')
+    reqid: int = _option(
+        0,
+        "The reqid of its SAs (`-u` of setkey): ESP in tunnel mode between the two ends. No other SA, and no policy, may "
+        "have it.",
+        within=(1, MAX_REQID),
+        example="100",
+    )
+    mtu: int = _option(1400, "MTU of the device.", within=(576, 65535))
+
+
+ARRAYS: Final[dict[str, type[Any]]] = {"interface": InterfaceConfig}
+"""Tables that may come more than once, ``[[interface]]``."""
 
 SECTIONS: Final[dict[str, type[Any]]] = {
     "daemon": DaemonConfig,

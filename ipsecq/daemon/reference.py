@@ -8,7 +8,7 @@ from dataclasses import Field, dataclass, fields
 from textwrap import wrap
 from typing import Any, Final, get_type_hints
 
-from ipsecq.daemon.options import SECTIONS
+from ipsecq.daemon.options import ARRAYS, SECTIONS
 from ipsecq.sysctl import VARIABLES
 
 _COLUMNS: Final = 110
@@ -38,10 +38,17 @@ class Entry:
 
 
 def tables() -> Iterator[tuple[str, str, list[Entry]]]:
-    """(name, meaning, keys) of every table but ``[sysctl]``."""
+    """(name, meaning, keys) of every table but ``[sysctl]``; ``[name]`` for one that may come more than once."""
     for name, options in SECTIONS.items():
         hints = get_type_hints(options)
-        yield name, inspect.getdoc(options) or "", [_entry(option, hints[option.name]) for option in fields(options)]
+        yield name, _words(options), [_entry(option, hints[option.name]) for option in fields(options)]
+    for name, options in ARRAYS.items():
+        hints = get_type_hints(options)
+        yield f"[{name}]", _words(options), [_entry(option, hints[option.name]) for option in fields(options)]
+
+
+def _words(options: type[Any]) -> str:
+    return " ".join((inspect.getdoc(options) or "").split())
 
 
 def default_toml() -> str:
@@ -52,6 +59,10 @@ def default_toml() -> str:
         "# Where it says (restart), a reload refuses the change: `systemctl restart ipsecq`.",
     ]
     for name, meaning, entries in tables():
+        if name.startswith("["):
+            lines += ["", *_comment(meaning), f"# [{name}]"]
+            lines += [f"# {entry.key} = {entry.example or entry.default}" for entry in entries]
+            continue
         lines += ["", *_comment(meaning), f"[{name}]"]
         for number, entry in enumerate(entries):
             lines += [""] if number else []
@@ -81,7 +92,8 @@ def configuration_markdown() -> str:
         lines += ["", f"## [{name}]", "", meaning, "", "| key | value | default | meaning |", "|---|---|---|---|"]
         for entry in entries:
             note = " *Restart.*" if entry.restart else ""
-            lines.append(f"| `{entry.key}` | {_cell(entry.kind)} | `{entry.default}` | {_cell(entry.meaning)}{note} |")
+            default = "required" if name.startswith("[") and entry.example else f"`{entry.default}`"
+            lines.append(f"| `{entry.key}` | {_cell(entry.kind)} | {default} | {_cell(entry.meaning)}{note} |")
     lines += ["", "## [sysctl]", "", SYSCTL_MEANING, "All of them: [sysctl.md](sysctl.md). For example:", ""]
     lines += ["    [sysctl]", '    "net.inet.ipsec.dfbit" = 2', ""]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ Operations, by name (first item of the tuple) and arguments:
     sysctl NAME VALUE
     path_mtu DST MTU           learned by another worker
     routes_changed
+    interfaces (INTERFACE, …)      the route-based tunnels; their devices are there
     acquire_failed PROTOCOL SRC DST REQID   packets that wait for such an SA need not wait longer
     tap_attach NUMBER REQUEST      a capture begins (:class:`ipsecq.daemon.tap.TapRequest`), and
     tap_detach NUMBER              ends
@@ -33,6 +34,7 @@ from typing import Any
 from ipsecq.daemon.messages import Operation
 from ipsecq.errors import DaemonError, SadError, SpdError
 from ipsecq.numbers import SaState
+from ipsecq.policy.interface import Interface
 from ipsecq.policy.model import Policy
 from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.policy.spd import Spd
@@ -60,6 +62,8 @@ class Replica:
         self.on_path_mtu: Callable[[bytes, int], Any] = lambda dst, mtu: None
         self.on_routes_changed: Callable[[], Any] = lambda: None
         self.on_acquire_failed: Callable[[int, bytes, bytes, int], Any] = lambda protocol, src, dst, reqid: None
+        self.interfaces: tuple[Interface, ...] = ()
+        self.on_interfaces: Callable[[tuple[Interface, ...]], Any] = lambda interfaces: None
         self.taps: dict[int, Any] = {}
         """Captures (None: one that ended) that began before the datapath was there."""
         self.on_tap: Callable[[int, Any], Any] = self.taps.__setitem__
@@ -81,6 +85,7 @@ class Replica:
             "sysctl": self._sysctl,
             "path_mtu": self._path_mtu,
             "routes_changed": self._routes_changed,
+            "interfaces": self._interfaces,
             "acquire_failed": self._acquire_failed,
             "tap_attach": self._tap_attach,
             "tap_detach": self._tap_attach,
@@ -161,6 +166,10 @@ class Replica:
 
     def _routes_changed(self) -> None:
         self.on_routes_changed()
+
+    def _interfaces(self, interfaces: tuple[Interface, ...]) -> None:
+        self.interfaces = interfaces
+        self.on_interfaces(interfaces)
 
     def _acquire_failed(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> None:
         self.on_acquire_failed(protocol, src, dst, reqid)

@@ -28,6 +28,7 @@ class Requests:
         self._commands: dict[str, Answer] = {
             "version": self._version,
             "status": self._status,
+            "interface": self._interface,
             "stat": self._stat,
             "monitor": self._monitor,
             "sample": self._sample,
@@ -54,6 +55,9 @@ class Requests:
         return self._supervisor.sampler.status(
             limit=_number(request, "limit", 10_000), offset=_number(request, "offset", 0)
         )
+
+    async def _interface(self, request: dict[str, Any]) -> object:
+        return self._supervisor.sampler.interfaces()
 
     async def _stat(self, request: dict[str, Any]) -> object:
         return netstat.report(self._supervisor.sampler.counters(), str(request.get("protocol") or "") or None)

@@ -20,7 +20,7 @@ from ipsecq.daemon.sampling import History
 from ipsecq.datapath.udp import UdpSockets
 from ipsecq.errors import DaemonError, NetfilterError
 from ipsecq.netfilter.capabilities import detect
-from ipsecq.netfilter.links import LinkWatcher
+from ipsecq.netfilter.links import Link, LinkEvent, LinkWatcher
 from ipsecq.netfilter.load import Loader
 from ipsecq.netfilter.sentinel import Sentinel
 from ipsecq.policy.model import Policy
@@ -46,11 +46,11 @@ class Ruleset:
         wanted: Wanted,
         sockets: Sockets,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
-        routes_changed: Callable[[], None],
+        links_changed: Callable[[list[LinkEvent]], None],
     ) -> None:
         self.busy = asyncio.Lock()
         self._config, self._history, self._wanted, self._spawn = config, history, wanted, spawn
-        self._sockets, self._routes_changed = sockets, routes_changed
+        self._sockets, self._tell = sockets, links_changed
         self._repair_due = self._looking = False
         self._open = False
         """From the first queue statement to the stop: what is missing is loaded again."""
@@ -123,6 +123,11 @@ class Ruleset:
         self._say_what_fails_open()
         await asyncio.to_thread(self.loader.update, *self._wanted(), sockets)
 
+    async def set_interfaces(self, names: tuple[str, ...]) -> None:
+        """Devices of these names are route-based tunnels.  NetfilterError."""
+        async with self.busy:
+            await asyncio.to_thread(self.loader.set_interfaces, names)
+
     async def reload_inner(self) -> None:
         """Read the operator's inner rules again.  NetfilterError: they stay as they were."""
         async with self.busy:
@@ -173,8 +178,11 @@ class Ruleset:
         return {
             link.index: link.name
             for link in self.links.links.values()
-            if not link.loopback and link.name != self._config.nftables.enc_device
+            if self._needs_guard(link)
         }
+
+    def _needs_guard(self, link: Link) -> bool:
+        return not link.loopback and link.name != self._config.nftables.enc_device
 
     def _links_changed(self) -> None:
         events = self.links.read()
@@ -183,15 +191,14 @@ class Ruleset:
             event.link.index: event.link.name
             for event in events
             if not event.gone
-            and not event.link.loopback
-            and event.link.name != self._config.nftables.enc_device
+            and self._needs_guard(event.link)
             and known.get(event.link.index) != event.link.name
         }
         gone = [event.link.index for event in events if event.gone and event.link.index in known]
         if fresh or gone:
             self._spawn(self._guard(fresh, gone))
         if events:
-            self._routes_changed()
+            self._tell(events)
 
     async def _guard(self, fresh: dict[int, str], gone: list[int]) -> None:
         async with self.busy:

@@ -13,12 +13,13 @@ from typing import Any, Final, TypeVar
 import ipsecq
 from ipsecq.counters import COUNTERS_WORDS, HISTOGRAM_BASE, Counter
 from ipsecq.daemon.authority import Authority
+from ipsecq.daemon.interfaces import show as show_interface
 from ipsecq.daemon.pool import WorkerPool
 from ipsecq.daemon.sockets import SocketPolicies
 from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
 from ipsecq.errors import NetfilterError
-from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
+from ipsecq.metrics.source import InterfaceSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
 from ipsecq.policy.model import Policy
@@ -71,6 +72,7 @@ class Sampler:
     def __init__(
         self, authority: Authority, pool: WorkerPool, loader: Loader, history: History, *,
         sa_limit: int, peer_limit: int, bypass: bool,
+        interfaces: Callable[[], list[InterfaceSample]] = list,
     ) -> None:  # fmt: skip
         self._authority, self._pool, self._loader, self._history = authority, pool, loader, history
         self._sa_limit, self._peer_limit, self._bypass = sa_limit, peer_limit, bypass
@@ -79,6 +81,7 @@ class Sampler:
         """Name of a counter of our table → (what went with tables before this one, what it said last)."""
         self.sockets: SocketPolicies | None = None
         """Set when it is there."""
+        self._interfaces = interfaces
         self._local: dict[bytes, tuple[float, bool]] = {}
 
     def snapshot(self, sa_limit: int = -1) -> Snapshot:
@@ -102,6 +105,7 @@ class Sampler:
             peers=self.peers(),
             tunnels=tunnels[: self._peer_limit],
             tunnel_count=len(tunnels),
+            interfaces=_patiently(self._interfaces),
             policies={
                 "in": sum(policy.direction is Direction.IN for policy in policies),
                 "out": sum(policy.direction is Direction.OUT for policy in policies),
@@ -187,6 +191,7 @@ class Sampler:
             "fail_open": fail_open,
             "reload": {"success": history.reload_success, "time": history.reload_time, "count": history.reloads},
             "workers": [_show_worker(sample) for sample in self.workers()],
+            "interfaces": self.interfaces(),
             "sa_count": len(sas),
             "sas": [self._show_sa(sa) for sa in sas[offset : offset + limit]],
             "policy_count": len(policies),
@@ -196,6 +201,10 @@ class Sampler:
                 counter.name.lower(): total[counter] for counter in Counter if total[counter] and counter < HISTOGRAM_BASE
             },
         }
+
+    def interfaces(self) -> list[dict[str, Any]]:
+        """The route-based tunnels."""
+        return [show_interface(sample) for sample in self._interfaces()]
 
     def workers(self) -> list[WorkerSample]:
         """All workers, with the kernel's figures of their queues."""

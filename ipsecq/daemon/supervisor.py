@@ -25,6 +25,7 @@ from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
 from ipsecq.daemon.control import ControlServer
+from ipsecq.daemon.interfaces import Interfaces, samples
 from ipsecq.daemon.keys import KeyService
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.log import LOGGER, configure
@@ -49,6 +50,7 @@ from ipsecq.datapath.output import RawOutput
 from ipsecq.engine.tables import Tables
 from ipsecq.errors import DaemonError, IpsecqError, StateError
 from ipsecq.metrics.server import MetricsServer
+from ipsecq.netfilter.links import LinkEvent
 from ipsecq.policy.model import Policy
 from ipsecq.policy.sockets import SocketPolicy
 from ipsecq.sa.association import SaKey, SecurityAssociation
@@ -94,8 +96,9 @@ class Supervisor:
         self._saved_sockets: dict[int, SocketPolicy] = {}
         self._last_problem = ""
         self.ruleset = Ruleset(
-            self.config, self.history, self._wanted, self._wanted_sockets, self.spawn, self._routes_changed
+            self.config, self.history, self._wanted, self._wanted_sockets, self.spawn, self._links_changed
         )  # fmt: skip
+        self.interfaces = Interfaces(self.config.run_dir / "interfaces")
 
     def _wanted(self) -> tuple[list[Policy], Sysctl]:
         """What the kernel's rules have to say: the authority's policies and knobs, before it is there the files'."""
@@ -107,8 +110,9 @@ class Supervisor:
         """The policies of sockets; before the authority is there, what the daemon before us left."""
         return self.authority.spd.sockets if hasattr(self, "authority") else self._saved_sockets
 
-    def _routes_changed(self) -> None:
+    def _links_changed(self, events: list[LinkEvent]) -> None:
         if hasattr(self, "pool"):
+            self.interfaces.mend(events, self.pool)
             self.pool.broadcast([("routes_changed",)])
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -159,6 +163,9 @@ class Supervisor:
         device = config.nftables.enc_device
         enc0.create(device, accept_local=True)
         stack.callback(enc0.remove, device)
+        self.interfaces.start(config.interfaces)
+        if config.daemon.on_stop == "remove":
+            stack.callback(self.interfaces.remove)
         pages = CounterPages.create(config.workers)
         self.pool = WorkerPool(
             pages,
@@ -176,6 +183,7 @@ class Supervisor:
         self.sampler = Sampler(
             self.authority, self.pool, self.ruleset.loader, self.history,
             sa_limit=config.metrics.sa_limit, peer_limit=config.metrics.peer_limit, bypass=config.nftables.queue_bypass,
+            interfaces=lambda: samples(self.interfaces.current, self.ruleset.links.links, self.authority),
         )  # fmt: skip
         self._path_mtu = PathMtu(mark=self.ruleset.loader.settings.mark_done)
         output = RawOutput(self.ruleset.loader.settings.mark_done)
@@ -189,7 +197,9 @@ class Supervisor:
         stack.push_async_callback(control.close)
         self.taps.start()
         stack.callback(self.taps.close)
-        self.keys = KeyService(self.authority, config, self.publish, self.spawn, self._acquire_failed)
+        self.keys = KeyService(
+            self.authority, config, self.publish, self.spawn, self._acquire_failed, self.interfaces.policies
+        )
         stack.callback(self.keys.close)
         self.sockets = SocketPolicies(
             self.authority, self.ruleset.loader.settings, config.run_dir, boot, self.publish
@@ -350,6 +360,7 @@ class Supervisor:
                 self.authority.become(content.sad, content.spd, knobs, was=self._from_files, undo=undo)
                 await self.publish()
                 await self.ruleset.reload_inner()
+                await self.interfaces.change(content.config.interfaces, self.pool, self.ruleset.set_interfaces)
             except IpsecqError:
                 # A full disk, a table without room, an nft that refuses: back to what was in force.
                 self.authority.revert(undo)
@@ -389,11 +400,12 @@ class Supervisor:
         setup = WorkerSetup(
             self._queues(index)[: settings.lanes],
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
-            settings.mark_done, settings.mark_stolen, settings.mark_sockets, self.config.nftables.enc_device,
+            settings.workers, settings.mark_done, settings.mark_stolen, settings.mark_sockets,
+            self.config.nftables.enc_device,
             self.config.offload.coalesce, tuple(self.ruleset.udp.sockets), settings.natt_ports[0], self.config.log,
             self._journal,
         )  # fmt: skip
-        return [("setup", setup), *self.authority.whole_state(), *self.taps.operations()]
+        return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 
     def _report(self, worker: WorkerHandle, report: dict[str, Any]) -> None:
         """What a worker says.  It reads hostile packets, so nothing in it is taken on trust."""

@@ -33,6 +33,7 @@ from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.sockdiag import SocketLookup
 from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
 from ipsecq.datapath.udp import UdpOutput
@@ -41,6 +42,8 @@ from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.engine.outbound_run import OutboundRuns
 from ipsecq.engine.tables import Tables
 from ipsecq.errors import IpsecqError, NetfilterError, StateError
+from ipsecq.netfilter.steering import worker_of
+from ipsecq.policy.interface import Interface
 
 log: Final = logging.getLogger(f"{LOGGER}.worker")
 
@@ -159,6 +162,11 @@ class Worker:
         counters = cast("MutableSequence[int]", self._counters)
         outbound = OutboundRuns(tables, path_mtu.mtu_of, path_mtu.source_for)
         inbound = InboundRuns(tables, unite=setup.coalesce)
+        routed = RoutedTunnels(
+            outbound, counters, lambda each: worker_of(each.policy(4), setup.workers) == self._index,
+            coalescing=setup.coalesce,
+        )  # fmt: skip
+        tables.interfaces = routed.interfaces
         outbound.on_drop = inbound.on_drop = DropLog(replica.sysctl)
         taps = Taps(outbound, inbound, replica.sysctl)
         self._loop = WorkerLoop(
@@ -178,6 +186,7 @@ class Worker:
             plain_queue=plain_queue,
             taps=taps,
             udp=udp,
+            routed=routed,
         )
 
         def on_tap(number: int, request: Any) -> None:
@@ -195,6 +204,13 @@ class Worker:
         replica.on_tap = on_tap
         for number, request in replica.taps.items():
             on_tap(number, request)
+
+        def on_interfaces(interfaces: tuple[Interface, ...]) -> None:
+            routed.become(interfaces)
+            replica.spd.generation += 1  # verdicts that were found with the others
+
+        replica.on_interfaces = on_interfaces
+        on_interfaces(replica.interfaces)
         replica.on_path_mtu = lambda dst, mtu: path_mtu.learn(dst, mtu, time.time())
         replica.on_acquire_failed = self._loop.drop_held
         replica.on_routes_changed = path_mtu.invalidate
@@ -208,7 +224,7 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (taps, mirror, queue, *lanes, plain_queue, output, udp, enc0):
+            for part in (taps, mirror, queue, *lanes, plain_queue, output, udp, enc0, routed):
                 if part is not None:
                     part.close()
 

@@ -12,7 +12,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from struct import Struct
 from types import TracebackType
@@ -66,16 +66,20 @@ _IFREQ_FLAGS: Final = Struct("=16sH22x")
 _IFREQ_INT: Final = Struct("=16si20x")
 
 
-def create(name: str = "enc0", *, mtu: int = MTU, vnet_hdr: bool = True, accept_local: bool = False) -> None:
+def create(
+    name: str = "enc0", *, mtu: int = MTU, vnet_hdr: bool = True, accept_local: bool = False,
+    configure: Callable[[str, int, bool], None] | None = None,
+) -> None:  # fmt: skip
     """Make the device (or take the one that is there), persistent, configured and up.
 
-    ``accept_local`` lets decapsulated packets in whose source is an address of this host.  DaemonError without
-    CAP_NET_ADMIN or /dev/net/tun, or when the name belongs to another kind of device.
+    ``accept_local`` lets decapsulated packets in whose source is an address of this host.  ``configure`` in the place of
+    what enc0 is given.  DaemonError without CAP_NET_ADMIN or /dev/net/tun, or when the name belongs to another kind of
+    device.
     """
-    descriptor = _open(name, vnet_hdr)
+    descriptor = open_queue(name, vnet_hdr)
     try:
         fcntl.ioctl(descriptor, TUNSETPERSIST, 1)
-        _configure(name, mtu, accept_local)
+        (configure or _configure)(name, mtu, accept_local)
     except OSError as error:
         raise DaemonError(f"{name}: cannot configure the device ({error}); CAP_NET_ADMIN is needed") from None
     finally:
@@ -86,15 +90,19 @@ def remove(name: str = "enc0", *, vnet_hdr: bool = True) -> None:
     """Take the device away; nothing happens when there is none.  Workers must have detached."""
     if not Path(f"/proc/sys/net/ipv4/conf/{name}").exists():
         return
-    descriptor = _open(name, vnet_hdr)
+    descriptor = open_queue(name, vnet_hdr)
     try:
         fcntl.ioctl(descriptor, TUNSETPERSIST, 0)
     finally:
         os.close(descriptor)
 
 
-def _open(name: str, vnet_hdr: bool) -> int:
-    """A descriptor that is one queue of the device."""
+def open_queue(name: str, vnet_hdr: bool, offloads: int = 0) -> int:
+    """A descriptor that is one queue of the device.
+
+    ``offloads`` (TUN_F_*, of the whole device) is what the kernel may leave to us: 0, and all comes segmented and
+    checksummed.  DaemonError with the reason.
+    """
     try:
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -104,8 +112,7 @@ def _open(name: str, vnet_hdr: bool) -> int:
         fcntl.ioctl(descriptor, TUNSETIFF, _IFREQ_FLAGS.pack(name.encode(), flags))
         if vnet_hdr:
             fcntl.ioctl(descriptor, TUNSETVNETHDRSZ, struct.pack("=i", _VNET.size))
-            # 0: what the *kernel* sends us (packets that were routed into enc0) comes segmented and checksummed.
-            fcntl.ioctl(descriptor, TUNSETOFFLOAD, 0)
+            fcntl.ioctl(descriptor, TUNSETOFFLOAD, offloads)
     except OSError as error:
         os.close(descriptor)
         reason = {
@@ -124,24 +131,28 @@ def _configure(name: str, mtu: int, accept_local: bool) -> None:
         fcntl.ioctl(control, SIOCSIFMTU, _IFREQ_INT.pack(label, mtu))
         fcntl.ioctl(control, SIOCSIFTXQLEN, _IFREQ_INT.pack(label, TX_QUEUE_LENGTH))
         # Before it is up, or the kernel makes an address and sends router solicitations.
-        _sysctl(f"ipv6/conf/{name}/disable_ipv6", "0")
-        _sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
-        _sysctl(f"ipv6/conf/{name}/accept_ra", "0")
-        _sysctl(f"ipv6/conf/{name}/autoconf", "0")
-        _sysctl(f"ipv4/conf/{name}/rp_filter", "0")
-        _sysctl(f"ipv4/conf/{name}/accept_local", "1" if accept_local else "0")
-        _sysctl(f"ipv4/conf/{name}/send_redirects", "0")
-        for family in ("ipv4", "ipv6"):
-            # Devices take conf/default when they appear; what the operator set by ip_forward stands in conf/all.
-            forwarding = _read_sysctl(f"{family}/conf/all/forwarding")
-            if forwarding is not None:
-                _sysctl(f"{family}/conf/{name}/forwarding", forwarding)
+        write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "0")
+        write_sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
+        write_sysctl(f"ipv6/conf/{name}/accept_ra", "0")
+        write_sysctl(f"ipv6/conf/{name}/autoconf", "0")
+        write_sysctl(f"ipv4/conf/{name}/rp_filter", "0")
+        write_sysctl(f"ipv4/conf/{name}/accept_local", "1" if accept_local else "0")
+        write_sysctl(f"ipv4/conf/{name}/send_redirects", "0")
+        forward_as_all(name)
         flags = _IFREQ_FLAGS.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(label, 0)))[1]
         fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ_FLAGS.pack(label, flags | IFF_UP))
     add_host_address(socket.if_nametoindex(name), DUMMY_ADDRESS)
 
 
-def _sysctl(name: str, value: str) -> None:
+def forward_as_all(name: str) -> None:
+    """Devices take conf/default when they appear; what the operator set by ip_forward stands in conf/all."""
+    for family in ("ipv4", "ipv6"):
+        forwarding = _read_sysctl(f"{family}/conf/all/forwarding")
+        if forwarding is not None:
+            write_sysctl(f"{family}/conf/{name}/forwarding", forwarding)
+
+
+def write_sysctl(name: str, value: str) -> None:
     """Write a sysctl of this namespace where it exists (IPv6 may be absent) and differs."""
     if _read_sysctl(name) not in {None, value}:
         Path("/proc/sys/net", name).write_text(value)
@@ -154,13 +165,13 @@ def _read_sysctl(name: str) -> str | None:
         return None
 
 
-def _takes_datagrams(descriptor: int) -> bool:
+def _takes_datagrams(descriptor: int, offloads: int) -> bool:
     """Whether this kernel's TUN knows UDP super-packets: then it could send us some, if we wanted them."""
     try:
         fcntl.ioctl(descriptor, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_USO)
     except OSError:
         return False
-    fcntl.ioctl(descriptor, TUNSETOFFLOAD, 0)
+    fcntl.ioctl(descriptor, TUNSETOFFLOAD, offloads)
     return True
 
 
@@ -169,6 +180,8 @@ class Enc0:
 
     ``fd`` is readable when somebody has routed packets into the device; :meth:`discard` throws them away.
     """
+
+    offloads = 0
 
     def __init__(self, name: str = "enc0", *, vnet_hdr: bool = True, coalescing: bool = True) -> None:
         """Attach to the device that :func:`create` made; DaemonError when that fails.
@@ -183,8 +196,8 @@ class Enc0:
         self.name, self.vnet_hdr = name, vnet_hdr
         self.errors: dict[int, int] = {}
         self.discarded = 0
-        self.fd = _open(name, vnet_hdr)
-        self.datagrams = vnet_hdr and _takes_datagrams(self.fd)
+        self.fd = open_queue(name, vnet_hdr, self.offloads)
+        self.datagrams = vnet_hdr and _takes_datagrams(self.fd, self.offloads)
         """The kernel takes UDP super-packets."""
 
     def write(self, packets: Sequence[Buffer]) -> int:

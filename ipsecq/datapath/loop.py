@@ -23,6 +23,7 @@ from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSU
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.outward import Outward
 from ipsecq.datapath.queue import Packet, Queue
+from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
@@ -102,6 +103,7 @@ class WorkerLoop:
         plain_queue: Queue | None = None,
         taps: Taps | None = None,
         udp: UdpOutput | None = None,
+        routed: RoutedTunnels | None = None,
     ) -> None:
         """Join the parts.
 
@@ -111,7 +113,7 @@ class WorkerLoop:
         ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
         we cannot; without one they are dropped.  ``taps`` watch the engines.  ``udp`` sends bursts; without one they go
-        through ``output``.
+        through ``output``.  ``routed`` are the route-based tunnels.
         """
         self._enc0 = enc0
         self._outward = Outward(output, udp, enc0, path_mtu, counters)
@@ -125,7 +127,7 @@ class WorkerLoop:
         self._early = Holder(EARLY_PACKETS, 2 * EARLY_PACKETS, EARLY_SECONDS)
         """What the peer sent through an SA that is not here yet."""
         self._plain_queue = plain_queue
-        self._taps = taps
+        self._taps, self._routed = taps, routed
         self._sizes = SegmentSizes()
         self._emit = Emissions()
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
@@ -158,6 +160,8 @@ class WorkerLoop:
                 poll.register(self._control_fd, select.EPOLLIN)
             if self._enc0 is not None:
                 poll.register(self._enc0.fd, select.EPOLLIN)
+            if self._routed is not None:
+                self._routed.attach(poll)
             counters = self._counters
             while not self._stopping:
                 ready = self._wait(poll)
@@ -169,7 +173,9 @@ class WorkerLoop:
                     elif descriptor == self._control_fd:
                         if self._on_control is not None:
                             self._on_control()
-                    elif self._enc0 is not None:
+                    elif self._enc0 is None or descriptor != self._enc0.fd:
+                        self._step_routed(descriptor)
+                    else:
                         self._enc0.discard()
                 moment = time.monotonic()
                 if moment >= self._next_tick:
@@ -202,6 +208,8 @@ class WorkerLoop:
             counters[Counter.ESP_NOTDB] += self._early.expire(self._clock())
         if self._taps is not None:
             self._taps.tick()
+        if self._routed is not None:
+            self._routed.tick()
 
     def _lost(self) -> int:
         """Packets that socket buffers had no room for, and reads that told of such."""
@@ -219,6 +227,12 @@ class WorkerLoop:
                 count += more
             self._sizes.drained()
         return count
+
+    def _step_routed(self, descriptor: int) -> None:
+        """What was routed into the device of a tunnel."""
+        if self._routed is not None:
+            self._path_mtu.advance(self._clock())
+            self._routed.step(descriptor, self._emit, self._send)
 
     def _step(self, queue: Queue) -> int:
         start = time.perf_counter_ns()
@@ -379,6 +393,8 @@ class WorkerLoop:
             self._outward.send(emit)
         if emit.inner or emit.runs:
             self._outward.inject(emit)
+        if emit.interfaces and self._routed is not None:
+            self._routed.inject(emit)
         if emit.events:
             for event in emit.events:
                 if isinstance(event, PathMtuLearned):
@@ -398,11 +414,11 @@ class WorkerLoop:
         """
         if self._early.waiting:
             self._retry_early()
-        if not self._holder.waiting:
-            return 0
         now = self._clock()
         self._path_mtu.advance(now)
         emit, found = self._emit, 0
+        if self._routed is not None:
+            found = self._routed.retry_held(emit)
         for since, packet, mark in self._holder.release_all():
             try:
                 fate = self._engine_out.process(packet, now, emit, mark)
@@ -439,5 +455,7 @@ class WorkerLoop:
         for key in self._holder.held():
             if isinstance(key, Acquire) and (key.protocol, key.src, key.dst, key.reqid) == (protocol, src, dst, reqid):
                 dropped += len(self._holder.release(key))
+        if self._routed is not None:
+            dropped += self._routed.drop_held(protocol, src, dst, reqid)
         self._counters[Counter.OUT_NOSA] += dropped
         return dropped

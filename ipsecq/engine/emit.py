@@ -94,17 +94,28 @@ class Burst(NamedTuple):
         return made
 
 
+class Entering:
+    """Decapsulated packets for one interface: ``inner`` and ``runs`` as in :class:`Emissions`."""
+
+    __slots__ = ("inner", "runs")
+
+    def __init__(self) -> None:
+        self.inner: list[bytes] = []
+        self.runs: list[tuple[int, Run]] = []
+
+
 class Emissions:
     """Datagrams and events of a batch; the caller empties it with :meth:`clear` after it has sent them.
 
     ``wire`` holds whole IP datagrams for the network (ESP, AH, IPComp, UDP, and the ICMP errors that we answer with),
     ``inner`` decapsulated packets for the local stack, ``held`` what the last packet with ``Fate.HOLD`` waits for: an
     :class:`Acquire`, or the key of a larval SA.  ``runs`` holds decapsulated packets that are already put together,
-    each with the number of packets of ``inner`` that come before it.
+    each with the number of packets of ``inner`` that come before it.  ``interfaces`` holds those that enter from a
+    route-based tunnel, by its reqid.
     ``bursts`` holds more for the network, each with the number of datagrams of ``wire`` that go before it.
     """
 
-    __slots__ = ("bursts", "events", "held", "inner", "runs", "wire")
+    __slots__ = ("bursts", "events", "held", "inner", "interfaces", "runs", "wire")
 
     def __init__(self) -> None:
         self.wire: list[bytes] = []
@@ -112,7 +123,15 @@ class Emissions:
         self.inner: list[bytes] = []
         self.runs: list[tuple[int, Run]] = []
         self.events: list[Event] = []
+        self.interfaces: dict[int, Entering] = {}
         self.held: Acquire | tuple[bytes, int, int] | None = None
+
+    def into(self, reqid: int) -> Entering:
+        """Where packets go that enter from the interface with that reqid."""
+        found = self.interfaces.get(reqid)
+        if found is None:
+            found = self.interfaces[reqid] = Entering()
+        return found
 
     def clear(self) -> None:
         """Forget everything; the lists stay the same objects."""
@@ -121,4 +140,5 @@ class Emissions:
         self.inner.clear()
         self.runs.clear()
         self.events.clear()
+        self.interfaces.clear()
         self.held = None

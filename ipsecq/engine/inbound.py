@@ -51,6 +51,7 @@ _NEVER: Final = float("inf")
 
 _SOCKETS: Final = frozenset((IPPROTO_TCP, IPPROTO_UDP))
 _UNSURE: Final = Policy(Direction.IN, Selector(b"", b"", b"", b""), Action.DISCARD, label="no answer about its socket")
+_FREE: Final = Policy(Direction.IN, Selector(b"", b"", b"", b""), Action.NONE, label="no policy of its socket")
 _IN: Final = int(Direction.IN)
 _ESP: Final = int(Protocol.ESP)
 _AH: Final = int(Protocol.AH)
@@ -63,6 +64,7 @@ _HOLD: Final = int(Fate.HOLD)
 _IN_PACKETS: Final = int(Counter.IN_PACKETS)
 _IN_BYTES: Final = int(Counter.IN_BYTES)
 _IN_DELIVERED: Final = int(Counter.IN_DELIVERED)
+_NOT_ITS_SA: Final = int(Counter.IN_INTERFACE)
 
 _u32: Final = Struct(">I").unpack_from
 
@@ -286,17 +288,38 @@ class Inbound:
         view = self._view
         if not opened and view.protocol in {IPPROTO_ICMP, IPPROTO_ICMPV6} and self._pmtu.is_about_us(packet, view, emit):
             return _ABSORBED
-        verdict = self._verdict(opened, now)
+        home = self._home(opened)
+        verdict = home if home > 0 else self._verdict(opened, now, home)
         if verdict:
             return verdict
         if not opened:
             return _PASS
         self._counters[_IN_DELIVERED] += 1
-        emit.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
+        into = emit.into(opened[-1].reqid) if home else emit
+        into.inner.append(packet if isinstance(packet, bytes) else bytes(packet))
         return _DONE
 
-    def _verdict(self, opened: History, now: float) -> int:
-        """0 when the packet that the view has loaded may enter with this history, else the Counter of the drop."""
+    def _home(self, opened: History) -> int:
+        """-1 when a packet with this history enters from an interface; 0: from none; else the Counter of the drop.
+
+        The innermost SA counts.  An interface's policy is that its SAs, and no others, have opened the packet.
+        """
+        interfaces = self._tables.interfaces
+        if not interfaces or not opened:
+            return 0
+        last = opened[-1]
+        interface = interfaces.get(last.reqid)
+        if interface is None:
+            return 0
+        return -1 if interface.owns(last.protocol, last.mode, last.src, last.dst) else _NOT_ITS_SA
+
+    def _verdict(self, opened: History, now: float, home: int) -> int:
+        """0 when the packet that the view has loaded may enter with this history, else the Counter of the drop.
+
+        The SPD has no say about what enters from an interface (``home``), its socket's own policy has.
+        """
+        if home and not self._tables.spd.inbound_sockets:
+            return 0
         view = self._view
         fragment = view.fragment_word & 0x3FFF != 0  # the first one too: fragments have no ports
         key = (view.src, view.dst, view.protocol, view.sport, view.dport, fragment, opened)
@@ -306,14 +329,14 @@ class Inbound:
         verdict = self._verdicts.get(key)
         if verdict is None:
             knobs = self._tables.sysctl.v4 if view.version == 4 else self._tables.sysctl.v6
-            policy = self._policy(view, fragment, now)
+            policy = self._policy(view, fragment, now, home)
             verdict = history.check(policy, opened, knobs, view.src, view.dst)
             if len(self._verdicts) >= MAX_FLOWS:
                 self._verdicts.clear()
             self._verdicts[key] = verdict
         return verdict
 
-    def _policy(self, view: PacketView, fragment: bool, now: float) -> Policy | None:
+    def _policy(self, view: PacketView, fragment: bool, now: float, home: int) -> Policy | None:
         """The inbound policy for the packet in the view: its socket's, when there are sockets with policies, or the SPD's.
 
         Which socket a flow belongs to can change without a word, so verdicts then live for a second only.
@@ -325,9 +348,12 @@ class Inbound:
             mark = tables.socket_of(*flow)
             if mark < 0:
                 return _UNSURE
+            if mark and home:
+                socket = tables.spd.sockets.get(mark)
+                return (socket.policy(_IN, view.version) if socket is not None else None) or _FREE
             if mark:
                 return tables.spd.lookup_socket(mark, _IN, *flow, fragment)
-        return tables.spd.lookup(_IN, *flow, fragment)
+        return _FREE if home else tables.spd.lookup(_IN, *flow, fragment)
 
 
 def spi_of(packet: Buffer, protocol: int, offset: int, end: int) -> int:

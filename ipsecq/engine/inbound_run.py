@@ -174,14 +174,16 @@ class InboundRuns(Inbound):
             return False
         if view.protocol == IPPROTO_UDP and view.dport in self._tables.natt_ports:
             return False
-        verdict = self._verdict(opened, now)
+        home = self._home(opened)
+        verdict = home if home > 0 else self._verdict(opened, now, home)
         if verdict:
             self._counters[verdict] += run.number
             if self.on_drop is not None:
                 self.on_drop("in", first, verdict)
         else:
             self._counters[_IN_DELIVERED] += run.number
-            emit.runs.append((len(emit.inner), run))
+            into = emit.into(opened[-1].reqid) if home else emit
+            into.runs.append((len(into.inner), run))
         return True
 
 

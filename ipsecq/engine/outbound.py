@@ -21,6 +21,7 @@ from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import fragment
 from ipsecq.packet.view import PacketView
+from ipsecq.policy.interface import Interface
 from ipsecq.policy.levels import resolve_level
 from ipsecq.policy.model import Policy, Transform
 from ipsecq.sa.association import SaKey
@@ -80,6 +81,8 @@ class Outbound:
         self._view = PacketView()
         self._piece = PacketView()
         self._flows: dict[Flow, Bundle | int] = {}
+        self._interface: Interface | None = None
+        self._caches: dict[Interface | None, dict[Flow, Bundle | int]] = {None: self._flows}
         self._steps: dict[tuple[SaKey, bool], OutboundStep] = {}
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
@@ -93,7 +96,20 @@ class Outbound:
     def watch(self, tap: Tap | None) -> None:
         """Show packets to ``tap``, from the next one on; None: to nobody."""
         self._tap = tap
-        self._flows.clear()
+        self._clear_flows()
+
+    def through(self, interface: Interface | None) -> None:
+        """What comes next was routed into ``interface``, whose policy decides about it; None: the SPD does, again."""
+        self._interface = interface
+        self._flows = self._caches.setdefault(interface, {})
+
+    def forget_interface(self, interface: Interface) -> None:
+        """It has gone, or has changed into another one."""
+        self._caches.pop(interface, None)
+
+    def _clear_flows(self) -> None:
+        for flows in self._caches.values():
+            flows.clear()
         self._shown.clear()
 
     def process(self, packet: Buffer, now: float, emit: Emissions, mark: int = 0) -> int:
@@ -187,8 +203,7 @@ class Outbound:
         knob shows in outer headers, so then they go too.
         """
         generation = self._tables.generation()
-        self._flows.clear()
-        self._shown.clear()
+        self._clear_flows()
         if generation[2] != self._generation[2]:
             self._steps.clear()
         else:
@@ -200,7 +215,9 @@ class Outbound:
         """What happens to a flow; remembered unless it waits for an SA."""
         src, dst, protocol, sport, dport, fragment, mark = flow
         knobs = self._tables.sysctl.v4 if len(src) == 4 else self._tables.sysctl.v6
-        if mark:
+        if self._interface is not None:
+            policy: Policy | None = self._interface.policy(4 if len(src) == 4 else 6)
+        elif mark:
             policy = self._tables.spd.lookup_socket(mark, _OUT, src, dst, protocol, sport, dport, fragment)
         else:
             policy = self._tables.spd.lookup(_OUT, src, dst, protocol, sport, dport, fragment)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ipsecq.numbers import NATT_PORT
+from ipsecq.policy.interface import Interface
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
@@ -49,6 +50,8 @@ class Tables:
     """Which socket an inbound packet is for; None where there are no sockets (captures)."""
     larval: Set[tuple[bytes, int, int]] = frozenset()
     """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
+    interfaces: dict[int, Interface] = field(default_factory=dict)
+    """Route-based tunnels by their reqid: what such an SA opens enters from its interface, or not at all."""
 
     def generation(self) -> tuple[int, int, int]:
         """Changes whenever an SA, a policy or a knob does: what was derived from them before is then stale."""

@@ -27,7 +27,7 @@ from ipsecq import __version__
 from ipsecq.counters import HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Offload
 from ipsecq.metrics.associations import families
 from ipsecq.metrics.reasons import DROPS
-from ipsecq.metrics.source import PeerSample, Snapshot, Source, TunnelSample, WorkerSample
+from ipsecq.metrics.source import InterfaceSample, PeerSample, Snapshot, Source, TunnelSample, WorkerSample
 
 EVENTS: Final = {
     Counter.OUT_PASSED: ("passed", "outbound packets that no policy protects"),
@@ -82,6 +82,7 @@ def gateway_families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _workers(snapshot.workers)
     yield from _peers(snapshot.peers)
     yield from _tunnels(snapshot.tunnels)
+    yield from _interfaces(snapshot.interfaces)
     sas = GaugeMetricFamily(
         "ipsecq_sas", "SAs in the SAD, whether or not they have series.", labels=["protocol", "direction", "state"]
     )
@@ -275,3 +276,32 @@ def _tunnels(tunnels: Iterable[TunnelSample]) -> Iterator[Metric]:
     for tunnel in tunnels:
         up.add_metric([tunnel.local, tunnel.peer], tunnel.up)
     yield up
+
+
+def _interfaces(interfaces: Iterable[InterfaceSample]) -> Iterator[Metric]:
+    up = GaugeMetricFamily(
+        "ipsecq_interface_up", "1: the device of the route-based tunnel is up.", labels=["interface"]
+    )
+    ready = GaugeMetricFamily(
+        "ipsecq_interface_ready", "1: SAs of the route-based tunnel are there, both ways.", labels=["interface"]
+    )
+    names = ("packets", "bytes", "drops")
+    counted = [
+        CounterMetricFamily(f"ipsecq_interface_{name}", help_text, labels=["interface", "direction"])
+        for name, help_text in zip(
+            names,
+            (
+                "Packets by the device's own counters; a super-packet counts as one.",
+                "Bytes by the device's own counters.",
+                "Packets that the device had no room for, or no reader.",
+            ),
+            strict=True,
+        )
+    ]
+    for each in interfaces:
+        up.add_metric([each.name], each.up)
+        ready.add_metric([each.name], not each.problem)
+        for direction, numbers in (("in", each.received), ("out", each.sent)):
+            for family, number in zip(counted, numbers, strict=True):
+                family.add_metric([each.name, direction], number)
+    yield from (up, ready, *counted)

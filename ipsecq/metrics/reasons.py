@@ -42,6 +42,7 @@ REASONS: Final[dict[Counter, str]] = {
     Counter.IN_DISCARD: "inbound: the policy says discard",
     Counter.IN_TOODEEP: "inbound: too many headers inside each other",
     Counter.IN_HISTORY: "inbound: its transforms are not those of the policy (check_policy_history)",
+    Counter.IN_INTERFACE: "inbound: its SA has the reqid of an interface and other ends, or another mode",
     Counter.ESP_HDROPS: "too short for ESP",
     Counter.ESP_NOTDB: f"ESP: {_SA_NEEDED}",
     Counter.ESP_BADKCR: _UNUSED,
@@ -89,6 +90,7 @@ REASONS: Final[dict[Counter, str]] = {
     Counter.SEND_FAILED: "the kernel refused to send the finished datagram (no route, too long, buffers full)",
     Counter.INJECT_FAILED: "the decapsulated packet did not fit the queue of enc0",
     Counter.OVERLOAD: "a TCP super-packet that could not be cut",
+    Counter.INTERFACE_DOWN: "decapsulated for an interface (ipsec0) that is down",
 }
 """Every drop, in words."""
 

@@ -15,7 +15,7 @@ from ipsecq.counters import COUNTERS_WORDS
 from ipsecq.metrics.associations import families
 from ipsecq.metrics.collector import EVENTS, gateway_families
 from ipsecq.metrics.reasons import DROPS, REASONS
-from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
+from ipsecq.metrics.source import InterfaceSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.numbers import Protocol
 from ipsecq.sa.association import Lifetime, SecurityAssociation, Slot
 
@@ -49,6 +49,7 @@ def example() -> Snapshot:
         sa_states={("esp", "out", "mature"): 1},
         peers=(PeerSample("", "in", 0, 0, 0, 0, 0, 1, 0.0),),
         tunnels=(TunnelSample("", "", True),),
+        interfaces=(InterfaceSample("", "", "", 0, 0, True),),
         tunnel_count=1,
     )
 

@@ -76,6 +76,23 @@ class TunnelSample:
 
 
 @dataclass(slots=True, frozen=True)
+class InterfaceSample:
+    """A route-based tunnel."""
+
+    name: str
+    local: str
+    remote: str
+    reqid: int
+    mtu: int
+    up: bool
+    problem: str = ""
+    """Which of its SAs is missing, for people."""
+    received: tuple[int, int, int] = (0, 0, 0)
+    """Packets, octets and drops by the device's own counters; a super-packet is one."""
+    sent: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(slots=True, frozen=True)
 class Snapshot:
     """Everything that one scrape shows."""
 
@@ -110,6 +127,7 @@ class Snapshot:
     """Different pairs of policies that sockets have."""
     socket_count: int = 0
     """Sockets that asked for one and live."""
+    interfaces: Sequence[InterfaceSample] = ()
 
     @property
     def sa_count(self) -> int:

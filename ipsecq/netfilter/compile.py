@@ -2,12 +2,13 @@
 
 A packet's way through the table::
 
-    prerouting  -250  enc0 → accept (see ``inner.py``) · ESP, AH, IPComp and UDP-encapsulated ESP to a local address → worker
-                      of the SPI · ICMP "too big" about them → worker 0 · ours, bypass sockets, neighbour discovery →
-                      accept · sockets' policies · inbound policies (clear packets only) · default policy
+    prerouting  -250  enc0 (see ``inner.py``), devices of route-based tunnels → accept · ESP, AH, IPComp and ESP in UDP
+                      to a local address → worker of the SPI · ICMP "too big" about them → worker 0 · ours, bypass
+                      sockets, neighbour discovery → accept · sockets' policies · inbound policies (clear packets
+                      only) · default policy
     output      -250  ESP in UDP from our own sockets gets the NAT-T port
-    postrouting  150  ours, neighbour discovery → accept · sockets' policies · outbound policies → guard → worker ·
-                      default policy
+    postrouting  150  ours, devices of route-based tunnels, neighbour discovery → accept · sockets' policies · outbound
+                      policies → guard → worker · default policy
     egress            (netdev, each guarded device) what was replaced → drop
 
 Every text here is one transaction: the kernel shows the old rules to a packet, or the new ones, never none.
@@ -70,6 +71,24 @@ def guard_set(guarded: Mapping[int, str]) -> Iterator[str]:
     devices = ", ".join(guard_element(index, device) for index, device in guarded.items())
     elements = f" elements = {{ {devices} }};" if guarded else ""
     yield f"set guarded {{ type iface_index . ifname;{elements} }}"
+
+
+def interface_set(settings: NetfilterSettings) -> str:
+    """The set of the devices of route-based tunnels, whose packets no policy of the SPD concerns."""
+    elements = f" elements = {{ {_names(settings)} }};" if settings.interfaces else ""
+    return f"set interfaces {{ type ifname;{elements} }}"
+
+
+def compile_interfaces(settings: NetfilterSettings) -> str:
+    """One transaction that gives the set its elements."""
+    lines = [f"flush set inet {settings.table} interfaces"]
+    if settings.interfaces:
+        lines.append(f"add element inet {settings.table} interfaces {{ {_names(settings)} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _names(settings: NetfilterSettings) -> str:
+    return ", ".join(f'"{name}"' for name in settings.interfaces)
 
 
 def compile_ruleset(
@@ -178,6 +197,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
     for counter in COUNTERS:
         yield f"counter {counter} {{ }}"
     yield from guard_set(guarded)
+    yield interface_set(settings)
     for chain, (_, _, bypass) in worker_chains(settings).items():
         yield f"chain {chain} {{ {'accept' if bypass else BLOCK}; }}"
     for suffix in worker_suffixes(settings):
@@ -199,6 +219,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield f"chain policy_{side}_ipv4 {{ }}"
         yield f"chain policy_{side}_ipv6 {{ }}"
     yield from socketmaps.skeleton(settings)
+    yield from interface_out()
     yield from _spi_chain(settings)
     yield from _prerouting(settings)
     yield from _postrouting(settings)
@@ -238,6 +259,7 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
     elif settings.defragment == "ct":
         yield "  meta length 0 ct state new counter"
     yield f'  iifname "{settings.enc_device}" accept'
+    yield "  iifname @interfaces accept"
     if not settings.loopback:
         yield '  iif "lo" accept'
     yield f"  meta l4proto {PROTOCOLS} fib daddr type local goto steer"
@@ -257,6 +279,7 @@ def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
     yield "chain postrouting {"
     yield "  type filter hook postrouting priority 150; policy accept;"
     yield f"  {settings.done} accept"
+    yield "  oifname @interfaces goto interface_out"
     if not settings.loopback:
         yield '  oif "lo" accept'
     yield from exempt(settings)
@@ -278,6 +301,16 @@ def exempt(settings: NetfilterSettings) -> Iterator[str]:
         yield "  icmpv6 type { 133, 134, 135, 136, 137 } ip6 hoplimit 255 accept"
         # Switches that snoop MLD forward solicitations only to where a report came from.
         yield "  icmpv6 type { 130, 131, 132, 143 } ip6 hoplimit 1 accept"
+
+
+def interface_out() -> Iterator[str]:
+    """What is routed into a tunnel's device has that tunnel's policy; those of sockets hold before."""
+    yield "chain interface_out {"
+    yield "  tcp flags & (syn | ack) == syn | ack jump sockets_opening"
+    yield "  jump sockets_out"
+    yield "  jump sockets_out_late"
+    yield "  accept"
+    yield "}"
 
 
 def policy_jumps(side: str) -> Iterator[str]:

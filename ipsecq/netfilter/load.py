@@ -9,6 +9,7 @@ import contextlib
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from ipsecq.netfilter.compile import (
     compile_block,
     compile_commands,
     compile_guard,
+    compile_interfaces,
     compile_remove,
     compile_ruleset,
     compile_unguard,
@@ -253,6 +255,15 @@ class Loader:
             self.sentinel = None
         run_nft(compile_remove(self.settings))
         self._plan, self._open, self._expected, self._called, self.guarded = None, False, {}, {}, {}
+
+    def set_interfaces(self, names: tuple[str, ...]) -> None:
+        """Leave what passes through devices of these names to their own policies; no others.  NetfilterError."""
+        settings = replace(self.settings, interfaces=names)
+        if self._plan is not None:
+            run_nft(compile_interfaces(settings))
+        if self.sentinel is not None:
+            self.sentinel.set_interfaces(names)
+        self.settings = settings
 
     def guard(self, devices: Mapping[int, str]) -> list[str]:
         """Add devices: egress chain first, trusted after it.  Returns the names that could not be added.

@@ -21,10 +21,13 @@ from ipsecq.errors import NetfilterError
 from ipsecq.netfilter import socketmaps
 from ipsecq.netfilter.compile import (
     compile_guard,
+    compile_interfaces,
     compile_unguard,
     defaults,
     exempt,
     guard_set,
+    interface_out,
+    interface_set,
     policy_jumps,
     worker_suffixes,
 )
@@ -107,6 +110,11 @@ class Sentinel:
         """Commands of the main table that change no knob."""
         self._nft.run("\n".join(self._translated(commands)) + "\n")
 
+    def set_interfaces(self, names: tuple[str, ...]) -> None:
+        """Follow the main table's set."""
+        self.settings = replace(self.settings, interfaces=names)
+        self._nft.run(compile_interfaces(self.settings))
+
     def guard(self, devices: Mapping[int, str]) -> None:
         """Add devices, before the main table trusts them."""
         self._nft.run(compile_guard(devices, self.settings))
@@ -133,6 +141,7 @@ class Sentinel:
         for counter in COUNTERS:
             yield f"counter {counter} {{ }}"
         yield from guard_set({})
+        yield interface_set(settings)
         for suffix in worker_suffixes(settings):
             verdict = "accept" if settings.queue_bypass else "counter name out_clear_dropped drop"
             yield f"chain out_worker_{suffix} {{ {verdict}; }}"
@@ -149,9 +158,11 @@ class Sentinel:
             yield f"chain policy_{side}_ipv4 {{ }}"
             yield f"chain policy_{side}_ipv6 {{ }}"
         yield from socketmaps.skeleton(settings)
+        yield from interface_out()
         yield "chain prerouting {"
         yield "  type filter hook prerouting priority -249; policy accept;"
         yield f'  iifname "{settings.enc_device}" accept'
+        yield "  iifname @interfaces accept"
         yield f"  {settings.done} accept"
         if not settings.loopback:
             yield '  iif "lo" accept'
@@ -173,6 +184,7 @@ class Sentinel:
         yield f"  {settings.done} accept"
         yield f"  {settings.stolen} oif . oifname @guarded accept"
         yield f"  {settings.stolen} counter name out_unguarded_dropped drop"
+        yield "  oifname @interfaces goto interface_out"
         if not settings.loopback:
             yield '  oif "lo" accept'
         yield from exempt(settings)

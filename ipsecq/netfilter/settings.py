@@ -51,6 +51,9 @@ class NetfilterSettings:
     reqid_mark: int = 0
     """Adjacent bits of the packet mark that get the reqid of decapsulated packets' SAs; 0: none do."""
 
+    interfaces: tuple[str, ...] = ()
+    """Devices of route-based tunnels: what goes in or comes out there has policies of its own."""
+
     def __post_init__(self) -> None:
         if self.mark_done | self.mark_stolen != self.mark_mask or self.mark_done & self.mark_stolen:
             raise ValueError(

@@ -1,0 +1,144 @@
+"""The ipsecN devices of route-based tunnels: TUN devices like enc0, and what is routed into them is read and sealed.
+
+Each worker has a queue, so that whatever it opens can enter from the device; only the one that seals for the interface
+leaves its queue attached for reading, so one SA has one sender.  While no queue is attached, or the device is down, the
+kernel drops what is routed into it: there is no other way out.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from struct import Struct
+from typing import Final, NamedTuple
+
+from ipsecq.datapath.enc0 import (
+    IFF_UP,
+    SIOCGIFFLAGS,
+    SIOCSIFFLAGS,
+    SIOCSIFMTU,
+    SIOCSIFTXQLEN,
+    TUN_F_CSUM,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    Enc0,
+    create,
+    forward_as_all,
+    write_sysctl,
+)
+from ipsecq.errors import DaemonError
+
+TUNSETQUEUE: Final = 0x400454D9
+TUNGETIFF: Final = 0x800454D2
+TUN_F_TSO: Final = 0x02 | 0x04
+"""TCP super-packets of either family."""
+IFF_DETACH_QUEUE: Final = 0x0400
+
+TX_QUEUE_LENGTH: Final = 1000
+"""Packets, or super-packets, that wait for the worker: some milliseconds of what it seals.  The rest is dropped."""
+
+BATCH: Final = 64
+BATCH_OCTETS: Final = 1 << 18
+"""One batch ends with the super-packet that passes this."""
+
+_VNET: Final = Struct("=BBHHHH")
+_IFREQ_FLAGS: Final = Struct("=16sH22x")
+_IFREQ_INT: Final = Struct("=16si20x")
+_ROOM: Final = _VNET.size + 65536
+
+
+class Routed(NamedTuple):
+    """One packet that was routed into the device; ``packet`` is valid until the next read."""
+
+    size: int
+    """Octets of data in each segment of a TCP super-packet; 0: it is no such."""
+    unfinished: bool
+    """Its checksum is not filled in."""
+    packet: memoryview
+
+
+def create_interface(name: str, mtu: int) -> None:
+    """Make the device, or take the one that is there, with what it was given by others.
+
+    A new one is up; one that is there stays as it is, up or down, and keeps its addresses and routes.  DaemonError.
+    """
+    try:
+        fresh = not socket.if_nametoindex(name)
+    except OSError:
+        fresh = True
+    create(name, mtu=mtu, configure=lambda name, mtu, _: _configure(name, mtu, fresh))
+
+
+def _configure(name: str, mtu: int, fresh: bool) -> None:
+    label = name.encode()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+        fcntl.ioctl(control, SIOCSIFMTU, _IFREQ_INT.pack(label, mtu))
+        if not fresh:
+            return
+        fcntl.ioctl(control, SIOCSIFTXQLEN, _IFREQ_INT.pack(label, TX_QUEUE_LENGTH))
+        # No link-local address of the kernel's making: router solicitations would be the first packets in the tunnel.
+        write_sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
+        write_sysctl(f"ipv6/conf/{name}/accept_ra", "0")
+        write_sysctl(f"ipv4/conf/{name}/send_redirects", "0")
+        forward_as_all(name)
+        flags = _IFREQ_FLAGS.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(label, 0)))[1]
+        fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ_FLAGS.pack(label, flags | IFF_UP))
+
+
+class IpsecDevice(Enc0):
+    """One worker's queue of an ipsecN device.  With ``reading`` this worker gets what is routed into it."""
+
+    offloads = TUN_F_CSUM | TUN_F_TSO
+
+    def __init__(self, name: str, *, reading: bool, coalescing: bool = True) -> None:
+        """Attach to the device that :func:`create_interface` made; DaemonError when that fails."""
+        super().__init__(name, coalescing=coalescing)
+        self.reading = reading
+        if not reading:
+            try:
+                fcntl.ioctl(self.fd, TUNSETQUEUE, _IFREQ_FLAGS.pack(b"", IFF_DETACH_QUEUE))
+            except OSError as error:
+                self.close()
+                raise DaemonError(f"{name}: cannot detach a queue: {error.strerror}") from None
+        # Untouched pages of these cost nothing, and small packets touch one of each.
+        self._buffers = [bytearray(_ROOM) for _ in range(BATCH)] if reading else []
+        self._views = [memoryview(buffer) for buffer in self._buffers]
+
+    @property
+    def attached(self) -> bool:
+        """False when somebody has removed the device."""
+        try:
+            fcntl.ioctl(self.fd, TUNGETIFF, _IFREQ_FLAGS.pack(b"", 0))
+        except OSError:
+            return False
+        return True
+
+    def is_up(self) -> bool:
+        """The kernel's word, now."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+            try:
+                request = fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(self.name.encode(), 0))
+            except OSError:
+                return False
+        return bool(_IFREQ_FLAGS.unpack(request)[1] & IFF_UP)
+
+    def read_batch(self) -> list[Routed] | None:
+        """What waits, a bounded number of packets; None: the device has gone."""
+        fd, found, octets, skip = self.fd, [], 0, _VNET.size
+        for buffer, view in zip(self._buffers, self._views, strict=True):
+            try:
+                length = os.readv(fd, (buffer,))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._count(error)
+                if error.errno == errno.EBADFD:
+                    return None
+                break
+            flags, kind, _, size, _, _ = _VNET.unpack_from(buffer)
+            found.append(Routed(size if kind else 0, bool(flags & VIRTIO_NET_HDR_F_NEEDS_CSUM), view[skip:length]))
+            octets += length
+            if octets > BATCH_OCTETS:
+                break
+        return found

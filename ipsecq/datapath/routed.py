@@ -1,0 +1,255 @@
+"""A worker's share of the route-based tunnels: what is routed into a device is sealed, what its SAs open enters there."""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from typing import Final, Protocol
+
+from ipsecq.counters import HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.datapath.hold import Holder
+from ipsecq.datapath.ipsecdev import IpsecDevice, Routed
+from ipsecq.engine.emit import Acquire, Emissions
+from ipsecq.errors import DaemonError
+from ipsecq.packet.buffer import Buffer
+from ipsecq.packet.checksum import complete
+from ipsecq.packet.segments import split
+from ipsecq.policy.interface import Interface
+
+log: Final = logging.getLogger(__name__)
+
+BURST: Final = 64
+"""Finished datagrams that leave before the batch is done: the far end has a queue, too."""
+LOG_INTERVAL: Final = 10.0
+
+_BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
+_DONE: Final = int(Fate.DONE)
+_EIO: Final = 5
+"""What the kernel says to a packet for a device that is down."""
+
+
+class SealingEngine(Protocol):
+    """:class:`ipsecq.engine.outbound.Outbound`."""
+
+    def through(self, interface: Interface | None) -> None:
+        """Whose policy decides from now on."""
+
+    def forget_interface(self, interface: Interface) -> None:
+        """It has gone."""
+
+    def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
+        """See Outbound."""
+
+    def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
+        """See Outbound."""
+
+
+class _Entry:
+    __slots__ = ("device", "holder", "interface")
+
+    def __init__(self, interface: Interface, device: IpsecDevice) -> None:
+        self.interface, self.device = interface, device
+        self.holder = Holder()
+
+
+class RoutedTunnels:
+    """The interfaces of one worker.  ``is_mine(interface)``: this worker seals for it; every worker opens for all.
+
+    ``send`` gives away what a batch emitted.
+    """
+
+    def __init__(
+        self,
+        engine: SealingEngine,
+        counters: MutableSequence[int],
+        is_mine: Callable[[Interface], bool],
+        *,
+        coalescing: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine, self._counters, self._clock = engine, counters, clock
+        self._is_mine, self._coalescing = is_mine, coalescing
+        self._entries: dict[int, _Entry] = {}
+        """By reqid."""
+        self._readers: dict[int, _Entry] = {}
+        """By descriptor."""
+        self._poll: select.epoll | None = None
+        self._next_log = 0.0
+        self.interfaces: dict[int, Interface] = {}
+        """What the inbound engine consults (:class:`ipsecq.engine.tables.Tables`)."""
+
+    # -- which there are ---------------------------------------------------------------------------------------
+
+    def become(self, interfaces: Iterable[Interface]) -> None:
+        """Serve these from now on, and no others.  A device that cannot be opened is logged; nothing passes through it."""
+        wanted = {interface.reqid: interface for interface in interfaces}
+        for reqid, entry in list(self._entries.items()):
+            if wanted.get(reqid) != entry.interface or not entry.device.attached:
+                self._close(entry)
+        for reqid, interface in wanted.items():
+            if reqid in self._entries:
+                continue
+            mine = self._is_mine(interface)
+            try:
+                device = IpsecDevice(interface.name, reading=mine, coalescing=self._coalescing)
+            except DaemonError as error:
+                log.error("%s", error)
+                continue
+            entry = self._entries[reqid] = _Entry(interface, device)
+            if mine:
+                self._readers[device.fd] = entry
+                if self._poll is not None:
+                    self._poll.register(device.fd, select.EPOLLIN)
+        # An SA of an interface whose device is not here must not come in from somewhere else.
+        self.interfaces.clear()
+        self.interfaces.update(wanted)
+
+    def attach(self, poll: select.epoll) -> None:
+        """Descriptors are polled by ``poll`` from now on."""
+        self._poll = poll
+        for descriptor in self._readers:
+            poll.register(descriptor, select.EPOLLIN)
+
+    def close(self) -> None:
+        """Detach from all; the devices stay."""
+        for entry in list(self._entries.values()):
+            self._close(entry)
+
+    def _close(self, entry: _Entry) -> None:
+        self._entries.pop(entry.interface.reqid, None)
+        self._counters[Counter.OUT_NOSA] += len(entry.holder.release_all())
+        descriptor = entry.device.fd
+        if self._readers.pop(descriptor, None) is not None and self._poll is not None:
+            self._poll.unregister(descriptor)
+        entry.device.close()
+        self._engine.forget_interface(entry.interface)
+
+    # -- out ---------------------------------------------------------------------------------------------------
+
+    def step(self, descriptor: int, emit: Emissions, send: Callable[[], None]) -> bool:
+        """Seal what waits in a device; False: the descriptor is none of ours."""
+        entry = self._readers.get(descriptor)
+        if entry is None:
+            return False
+        start = time.perf_counter_ns()
+        batch = entry.device.read_batch()
+        if batch is None:
+            log.error("%s: somebody has removed the device", entry.interface.name)
+            self._close(entry)
+            return True
+        if not batch:
+            return True
+        now, engine = self._clock(), self._engine
+        engine.through(entry.interface)
+        try:
+            self._seal(entry, batch, now, emit, send)
+        finally:
+            engine.through(None)
+        send()
+        elapsed, count, counters = time.perf_counter_ns() - start, len(batch), self._counters
+        counters[Counter.BATCHES] += 1
+        counters[Counter.BUSY_NS] += elapsed
+        counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
+        counters[HISTOGRAM_SUM_NS] += elapsed
+        return True
+
+    def _seal(
+        self, entry: _Entry, batch: Sequence[Routed], now: float, emit: Emissions, send: Callable[[], None]
+    ) -> None:
+        process, wire = self._engine.process, emit.wire
+        for size, unfinished, packet in batch:
+            try:
+                if size:
+                    self._seal_super(entry, packet, size, now, emit)
+                    if len(wire) >= BURST:
+                        send()
+                    continue
+                whole = complete(packet) if unfinished else packet
+                if process(whole, now, emit) == Fate.HOLD:
+                    self._hold(entry, whole, now, emit)
+            except Exception:
+                self._refuse(now)
+
+    def _seal_super(self, entry: _Entry, packet: memoryview, size: int, now: float, emit: Emissions) -> None:
+        self._counters[Counter.SUPER_PACKETS] += 1
+        if self._engine.process_super(packet, size, now, emit) >= 0:
+            return
+        for segment in split(packet, size):
+            if self._engine.process(segment, now, emit) == Fate.HOLD:
+                self._hold(entry, segment, now, emit)
+
+    def _hold(self, entry: _Entry, packet: Buffer, now: float, emit: Emissions) -> None:
+        self._counters[Counter.OUT_HELD_OVERFLOW] += entry.holder.hold(emit.held, bytes(packet), now)
+
+    def _refuse(self, now: float) -> None:
+        """Count a packet that made the engine raise; it is lost."""
+        self._counters[Counter.OUT_INVAL] += 1
+        if now >= self._next_log:
+            self._next_log = now + LOG_INTERVAL
+            log.exception("a packet of an interface made the engine fail; it was dropped")
+
+    # -- packets that wait for an SA -----------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Packets that waited too long."""
+        for entry in self._entries.values():
+            if entry.holder.waiting:
+                self._counters[Counter.OUT_NOSA] += entry.holder.expire(self._clock())
+
+    def retry_held(self, emit: Emissions) -> int:
+        """Try them again, after an SA came: how many found their way.  The caller sends what was emitted."""
+        found = 0
+        for entry in self._entries.values():
+            if not entry.holder.waiting:
+                continue
+            waiting = entry.holder.release_all()
+            if not entry.device.is_up():
+                self._counters[Counter.OUT_NOSA] += len(waiting)
+                continue
+            now = self._clock()
+            self._engine.through(entry.interface)
+            try:
+                for since, packet, _ in waiting:
+                    try:
+                        fate = self._engine.process(packet, now, emit)
+                        if fate == Fate.HOLD:
+                            self._hold(entry, packet, since, emit)
+                        found += fate == _DONE
+                    except Exception:
+                        self._refuse(now)
+            finally:
+                self._engine.through(None)
+        return found
+
+    def drop_held(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> int:
+        """Nobody can make this SA: drop what waits for it."""
+        entry, dropped = self._entries.get(reqid), 0
+        if entry is not None:
+            for key in entry.holder.held():
+                if isinstance(key, Acquire) and (key.protocol, key.src, key.dst) == (protocol, src, dst):
+                    dropped += len(entry.holder.release(key))
+        return dropped
+
+    # -- in ----------------------------------------------------------------------------------------------------
+
+    def inject(self, emit: Emissions) -> None:
+        """Give decapsulated packets to the kernel, each from its interface.  What does not go is counted."""
+        counters = self._counters
+        for reqid, entering in emit.interfaces.items():
+            count = len(entering.inner) + sum([run.number for _, run in entering.runs])
+            entry = self._entries.get(reqid)
+            if entry is None:
+                counters[Counter.INTERFACE_DOWN] += count
+                continue
+            device = entry.device
+            before, down = device.coalesced, device.errors.get(_EIO, 0)
+            taken = device.write_all(entering.inner, entering.runs)
+            if taken == count:
+                counters[Counter.COALESCED] += device.coalesced - before
+            elif device.errors.get(_EIO, 0) > down or not device.attached:
+                counters[Counter.INTERFACE_DOWN] += count - taken
+            else:
+                counters[Counter.INJECT_FAILED] += count - taken
