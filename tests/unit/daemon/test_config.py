@@ -13,6 +13,9 @@ from ipsecq.errors import ConfigError, DaemonError
 DEFAULT = Path(__file__).parents[3] / "ipsecq/daemon/ipsecq.toml"
 
 
+INTERFACE = '[[interface]]\nname = "ipsec0"\nlocal = "192.0.2.1"\nremote = "192.0.2.2"\nreqid = 100\n'
+
+
 def mistake(text):
     with pytest.raises(ConfigError) as caught:
         parse(text, Path("/etc/x.toml"))
@@ -70,6 +73,18 @@ def test_values_are_taken():
     assert config.netfilter().workers == 3
 
 
+def test_interfaces_are_taken():
+    second = INTERFACE.replace("ipsec0", "ipsec1").replace("192.0.2.", "2001:db8::").replace("100", "7")
+    config = parse(f"{INTERFACE}{second}mtu = 1280\n")
+    first, other = config.interfaces
+    assert (first.name, first.local, first.remote, first.reqid, first.mtu) == (
+        "ipsec0", bytes([192, 0, 2, 1]), bytes([192, 0, 2, 2]), 100, 1400,
+    )  # fmt: skip
+    assert (other.name, len(other.local), other.reqid, other.mtu) == ("ipsec1", 16, 7, 1280)
+    assert config.netfilter().interfaces == ("ipsec0", "ipsec1")
+    check_reload(Config(), config)  # no restart
+
+
 def test_credentials_of_systemd_are_found(monkeypatch):
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/ipsecq.service")
     config = parse('[daemon]\npolicy = ["credential:keys"]\n')
@@ -104,6 +119,18 @@ def test_workers_default_to_the_processors():
         ('[sysctl]\n"a\\fb" = 1\n', "", r"unknown oid 'a\x0cb'"),  # a message is one line, whatever the name
         ("[sysctl]\nnet.inet.ipsec.dfbit = 3\n", "2:24:", "Invalid argument (use 0 to 2)"),
         ('[sysctl]\n"net.inet.ipsec.dfbit" = "1"\n', "2:26:", "expected an integer"),
+        (f"{INTERFACE}reqids = 1\n", "6:1:", "unknown key 'reqids' in [[interface]]; expected name, local"),
+        (INTERFACE + INTERFACE, "7:8:", "name: expected a device name (1 to 15) of its own"),
+        (INTERFACE + INTERFACE.replace("ipsec0", "ipsec1"), "10:9:", "reqid: 100 is that of another interface"),
+        (INTERFACE.replace("ipsec0", "a/b"), "2:8:", "device name"),
+        (INTERFACE.replace("ipsec0", "enc0"), "2:8:", "of its own"),
+        (INTERFACE.replace("192.0.2.1", "gw"), "3:9:", 'local: expected an IPv4 or IPv6 address, found "gw"'),
+        (INTERFACE.replace("192.0.2.1", "::1"), "4:10:", "of the same family as local"),
+        (INTERFACE.replace("192.0.2.1", "192.0.2.2"), "4:10:", "remote: expected another address"),
+        (INTERFACE.replace("reqid = 100\n", ""), "1:3:", "[[interface]] needs reqid"),
+        (INTERFACE.replace("100", "0"), "5:9:", "reqid: expected a number from 1 to"),
+        (f"{INTERFACE}mtu = 575\n", "6:7:", "mtu: expected a number from 576 to 65535"),
+        ("[interface]\nname = 'x'\n", "1:2:", "expected tables [[interface]]"),
         ("[daemon]\nworkers = = 1\n", "2:11:", "Invalid value"),
         ("[daemon]\nworkers = [1,\n", "3:1:", ""),
     ],
