@@ -23,6 +23,10 @@ log: Final = logging.getLogger(__name__)
 
 BURST: Final = 64
 """Finished datagrams that leave before the batch is done: the far end has a queue, too."""
+MIN_RUN: Final = 4
+"""Packets from which on a run is looked for."""
+LONE: Final = 8
+"""Packets that are taken one by one after one that began no run."""
 LOG_INTERVAL: Final = 10.0
 
 _BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
@@ -32,7 +36,7 @@ _EIO: Final = 5
 
 
 class SealingEngine(Protocol):
-    """:class:`ipsecq.engine.outbound.Outbound`."""
+    """:class:`ipsecq.engine.outbound_run.OutboundRuns`."""
 
     def through(self, interface: Interface | None) -> None:
         """Whose policy decides from now on."""
@@ -45,6 +49,9 @@ class SealingEngine(Protocol):
 
     def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions) -> int:
         """See Outbound."""
+
+    def process_run(self, packets: Sequence[Buffer], unfinished: bool, now: float, emit: Emissions) -> int:
+        """See OutboundRuns."""
 
 
 class _Entry:
@@ -159,19 +166,36 @@ class RoutedTunnels:
     def _seal(
         self, entry: _Entry, batch: Sequence[Routed], now: float, emit: Emissions, send: Callable[[], None]
     ) -> None:
-        process, wire = self._engine.process, emit.wire
-        for size, unfinished, packet in batch:
+        process, count = self._engine.process, len(batch)
+        at = lone = 0
+        while at < count:
+            size, unfinished, packet = batch[at]
+            taken = 1
             try:
                 if size:
                     self._seal_super(entry, packet, size, now, emit)
-                    if len(wire) >= BURST:
+                    if emit.bursts or len(emit.wire) >= BURST:
                         send()
-                    continue
-                whole = complete(packet) if unfinished else packet
-                if process(whole, now, emit) == Fate.HOLD:
-                    self._hold(entry, whole, now, emit)
+                elif at >= lone and (more := self._seal_run(batch, at, now, emit)):
+                    taken = more
+                else:
+                    lone = max(lone, at + LONE)
+                    whole = complete(packet) if unfinished else packet
+                    if process(whole, now, emit) == Fate.HOLD:
+                        self._hold(entry, whole, now, emit)
             except Exception:
                 self._refuse(now)
+            at += taken
+
+    def _seal_run(self, batch: Sequence[Routed], start: int, now: float, emit: Emissions) -> int:
+        """Seal equal packets of one flow in one go, from packet ``start`` on: how many."""
+        unfinished = batch[start].unfinished
+        run: list[Buffer] = []
+        for routed in batch[start:]:
+            if routed.size or routed.unfinished != unfinished:
+                break
+            run.append(routed.packet)
+        return self._engine.process_run(run, unfinished, now, emit) if len(run) >= MIN_RUN else 0
 
     def _seal_super(self, entry: _Entry, packet: memoryview, size: int, now: float, emit: Emissions) -> None:
         self._counters[Counter.SUPER_PACKETS] += 1
