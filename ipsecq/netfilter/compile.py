@@ -219,10 +219,10 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield f"chain policy_{side}_ipv4 {{ }}"
         yield f"chain policy_{side}_ipv6 {{ }}"
     yield from socketmaps.skeleton(settings)
-    yield from interface_out()
     yield from _spi_chain(settings)
     yield from _prerouting(settings)
     yield from _postrouting(settings)
+    yield from interface_out()
     if settings.udp_ports:
         yield from _output(settings)
 

@@ -158,7 +158,6 @@ class Sentinel:
             yield f"chain policy_{side}_ipv4 {{ }}"
             yield f"chain policy_{side}_ipv6 {{ }}"
         yield from socketmaps.skeleton(settings)
-        yield from interface_out()
         yield "chain prerouting {"
         yield "  type filter hook prerouting priority -249; policy accept;"
         yield f'  iifname "{settings.enc_device}" accept'
@@ -189,3 +188,4 @@ class Sentinel:
             yield '  oif "lo" accept'
         yield from exempt(settings)
         yield from policy_jumps("out")
+        yield from interface_out()
