@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ipsecq.doctor import firewall, machine, routes, rules, running
+from ipsecq.doctor import firewall, interfaces, machine, routes, rules, running
 from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.errors import IpsecqError
 from ipsecq.netfilter.capabilities import Capabilities, detect
@@ -48,6 +48,7 @@ def examine(
     guarded = None if status is None else status["devices"]
     findings += routes.examine(settings, policies, guarded=guarded, probe=probe)
     if status is not None:
+        findings += interfaces.examine(status.get("interfaces", []), policies, is_local)
         findings += running.examine(status, policies, knobs or {})
     return findings
 

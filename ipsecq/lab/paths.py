@@ -14,8 +14,9 @@ from importlib import metadata
 from typing import Final, Protocol
 
 import ipsecq
-from ipsecq.lab.gateway import AES_GCM, Tunnel, both_gateways
+from ipsecq.lab.gateway import AES_GCM, Gateway, Tunnel, both_gateways
 from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.routed import RoutedTunnel
 from ipsecq.lab.strongswan import StrongswanLibipsec
 from ipsecq.lab.topology import Network, Site, build
 
@@ -88,6 +89,33 @@ class Ipsecq:
         """Both daemons are ready."""
         with _network() as network:
             both_gateways(network, Tunnel(network, AES_GCM, udp=self.udp), workers=self.workers)
+            yield network
+
+
+class IpsecqRouted:
+    """Two ``ipsecq run`` daemons with a route-based tunnel: the far LAN is routed into ``ipsec0``, ESP in UDP."""
+
+    name = "ipsecq, ipsec0"
+
+    def __init__(self, workers: int = 2) -> None:
+        self.workers = workers
+
+    def missing(self) -> str:
+        """Never."""
+        return ""
+
+    def version(self) -> str:
+        """The package's."""
+        return f"{ipsecq.__version__}, AES-GCM-16 in UDP, {self.workers} workers a gateway"
+
+    @contextmanager
+    def up(self) -> Iterator[Network]:
+        """Both daemons are ready, and so are the routes."""
+        with _network() as network:
+            tunnel = RoutedTunnel(network, AES_GCM, udp=True, mtu=LAN_MTU)
+            for site in network.sites:
+                Gateway(site.gateway, tunnel.setkey(), workers=self.workers, settings=tunnel.settings(site)).start()
+                tunnel.route(site)
             yield network
 
 
@@ -168,4 +196,5 @@ class WireguardGo:
 
 def all_paths(workers: int = 2) -> list[Path]:
     """Every path, the yardsticks around ipsecq."""
-    return [Plain(), Ipsecq(workers), Ipsecq(workers, udp=True), Naive(), WireguardGo(), StrongswanLibipsec(LAN_MTU)]
+    return [Plain(), Ipsecq(workers), Ipsecq(workers, udp=True), IpsecqRouted(workers), Naive(), WireguardGo(),
+            StrongswanLibipsec(LAN_MTU)]  # fmt: skip

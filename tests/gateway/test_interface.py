@@ -36,7 +36,7 @@ class World:
         self.network = build(lab)
         self.one, self.two = self.network.sites
         self.tunnel = RoutedTunnel(self.network)
-        self.over6 = RoutedTunnel(self.network, outer=6, reqid=106, spi=0x2010)
+        self.over6 = RoutedTunnel(self.network, outer=6, reqid=106, spi=0x2010, udp=True)
         setkey = self.tunnel.setkey() + "\n".join(self.over6.lines)
         self.gateways = [
             Gateway(site.gateway, setkey, settings=self.tunnel.settings(site) + self.over6.settings(site, "ipsec6"))
@@ -79,9 +79,9 @@ def test_everything_crosses_and_the_wire_shows_esp_alone(world):
                 transfer = tcp(one.host, two.host, two.host_address(version), 5_000_000, reverse=reverse)
                 assert transfer.digest_matches
                 assert transfer.longest_pause < 3
-            echoes = udp_echo(one.host, two.host, two.host_address(version), [1, 500, 1372, 1352, 1400, 3000, 9000])
+            echoes = udp_echo(one.host, two.host, two.host_address(version), [1, 500, 1352, 1400, 9000], timeout=0.7)
             assert echoes.damaged == []
-            again = udp_echo(one.host, two.host, two.host_address(version), echoes.lost)
+            again = udp_echo(one.host, two.host, two.host_address(version), echoes.lost, timeout=0.7)
             assert again.returned == echoes.lost  # what did not fit the MTU has taught it
         wire.settle()
     frames = wire.frames()
@@ -100,7 +100,7 @@ def test_gateways_themselves_talk_through_it(world):
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_it_works_between_ipv6_addresses(world, version):
+def test_it_works_between_ipv6_addresses_and_in_udp(world, version):
     one, two = world.one, world.two
     for site in (one, two):
         world.over6.route(site, "ipsec6")
@@ -113,7 +113,7 @@ def test_it_works_between_ipv6_addresses(world, version):
         world.routes()
     frames = wire.frames()
     assert len(frames) > 100
-    assert {frame.src for frame in frames if frame.protocol == 50} == {one.wan6, two.wan6}
+    assert {frame.src for frame in frames if frame.protocol == 17 and frame.esp} == {one.wan6, two.wan6}
     assert not wire.contains(MARKER)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ipsecq.doctor import firewall, routes, rules, running
+from ipsecq.doctor import firewall, interfaces, routes, rules, running
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
@@ -53,6 +53,32 @@ def test_a_shared_key_is_not_shown():
     both = (f"add 192.0.2.{spi} 192.0.2.9 esp {spi + 256} -E aes-gcm-16 {KEY};" for spi in (1, 2))
     done = loaded("".join(both))
     assert not any("1919" in each.message + each.mend for each in rules.examine(done.sad.dump(), [], lambda _: True))
+
+
+def interface_judged(policies="", here=b"\xc0\0\2\1", **state):
+    shown = {"name": "ipsec0", "local": "192.0.2.1", "remote": "192.0.2.2", "reqid": 100, "up": True, "problem": ""}
+    return bad(interfaces.examine([shown | state], loaded(policies).spd.dump(), lambda address: address == here))
+
+
+def test_what_keeps_a_route_based_tunnel_from_working_is_named():
+    assert interface_judged() == set()
+    assert interface_judged(here=b"\xc0\0\2\7") == {("fail", "ipsec0")}
+    assert interface_judged(up=False) == interface_judged(problem="no inbound SA") == {("fail", "ipsec0")}
+
+
+@pytest.mark.parametrize(
+    ("ends", "level", "grade"),
+    [
+        ("192.0.2.1-192.0.2.2", "require", "warn"),
+        ("192.0.2.1-192.0.2.2", "unique:100", "fail"),
+        ("192.0.2.1-192.0.2.2", "unique:7", None),
+        ("192.0.2.1-192.0.2.3", "require", None),
+        ("192.0.2.1-192.0.2.3", "unique:100", "fail"),
+    ],
+)
+def test_policies_that_share_a_route_based_tunnels_sas_are_named(ends, level, grade):
+    text = f"spdadd 10.1.0.0/24 10.2.0.0/24 any -P out ipsec esp/tunnel/{ends}/{level};"
+    assert interface_judged(text) == ({(grade, "ipsec0")} if grade else set())
 
 
 def test_a_flowtable_goes_around_every_policy():

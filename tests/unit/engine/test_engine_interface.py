@@ -14,7 +14,9 @@ from ipsecq.numbers import Mode, Protocol
 from ipsecq.packet import ipv4
 from ipsecq.packet.checksum import complete, verify_transport
 from ipsecq.packet.segments import split
+from ipsecq.policy import setpolicy
 from ipsecq.policy.interface import POLICY_ID, Interface
+from ipsecq.policy.sockets import SocketPolicy, SocketRule
 from ipsecq.sa.association import SecurityAssociation
 from ipsecq.secret import Key
 
@@ -192,3 +194,14 @@ def test_a_changed_interface_forgets_its_flows():
     left.outbound.forget_interface(own)
     moved = replace(own, remote=address("192.0.2.99"))
     assert routed(left, moved, packet) == (Fate.HOLD, [])
+
+
+@pytest.mark.parametrize(("rule", "fate"), [("discard", Counter.IN_DISCARD), ("none", Fate.DONE)])
+def test_the_policy_of_the_socket_that_gets_it_holds_for_a_packet_that_enters_from_an_interface(rule, fate):
+    left, right, own = pair(4)
+    right.tables.spd.put_socket(SocketPolicy(1, SocketRule(setpolicy.parse(f"in {rule}"), privileged=True)))
+    right.tables.socket_of = lambda src, dst, protocol, sport, dport: 1 if dport == 2000 else 0
+    for port, wanted in ((2000, fate), (2001, Fate.DONE)):
+        _, (sealed,) = routed(left, own, udp(*INNER[4], b"x", dport=port))
+        assert right.receive(sealed)[0] == wanted
+        assert len(entered(right)) == (wanted == Fate.DONE)
