@@ -112,7 +112,7 @@ def test_it_works_between_ipv6_addresses_and_in_udp(world, version):
     finally:
         world.routes()
     frames = wire.frames()
-    assert len(frames) > 100
+    assert len(frames) > 20  # bursts are captured as one
     assert {frame.src for frame in frames if frame.protocol == 17 and frame.esp} == {one.wan6, two.wan6}
     assert not wire.contains(MARKER)
 
