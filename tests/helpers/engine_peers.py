@@ -67,11 +67,13 @@ class Peer:
     mtu: int = 1500
     now: float = 1000.0
     spare: list[SecurityAssociation] = field(default_factory=list)
+    socket_mark: int = 0
+    """Of the policies of the socket that gets what arrives."""
 
-    def send(self, packet: bytes) -> tuple[int, list[bytes]]:
-        """Fate of an outbound packet, and what it put on the wire."""
+    def send(self, packet: bytes, mark: int = 0) -> tuple[int, list[bytes]]:
+        """Fate of an outbound packet, and what it put on the wire; ``mark`` is of its socket's policies."""
         self.emit.clear()
-        fate = self.outbound.process(packet, self.now, self.emit)
+        fate = self.outbound.process(packet, self.now, self.emit, mark)
         return fate, list(self.emit.wire)
 
     def receive(self, packet: bytes) -> tuple[int, list[bytes]]:
@@ -100,5 +102,6 @@ def make_peer(
     own = {4: address("192.0.2.1"), 16: address("2001:db8::1")}
     peer = Peer.__new__(Peer)
     outbound = Outbound(tables, lambda _: peer.mtu, lambda dst: own[len(dst)])
+    tables.socket_of = lambda *flow: peer.socket_mark
     Peer.__init__(peer, tables, outbound, Inbound(tables), Emissions(), mtu, spare=waiting)
     return peer

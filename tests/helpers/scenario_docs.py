@@ -39,15 +39,22 @@ def render(tables: list[Table]) -> str:
 def _rows(scenario: Scenario) -> list[str]:
     setup = [*_sentences(scenario.policy)]
     setup += [f"SAs: {', '.join(scenario.sas)}"] if scenario.sas else []
+    setup += _socket(scenario, scenario.steps[0])
     setup += [f"`{name}={value}`" for name, value in scenario.knobs.items()]
     setup += [f"peer: `{name}={value}`" for name, value in scenario.peer_knobs.items()]
     rows = []
     for number, step in enumerate(scenario.steps):
         if number:
-            setup = [*_sentences(step.setkey), *(f"`{name}={value}`" for name, value in step.knobs.items())]
+            setup = [*_sentences(step.setkey), *_socket(scenario, step)]
+            setup += [f"`{name}={value}`" for name, value in step.knobs.items()]
         rule = scenario.rule if not number else "… then"
         rows.append(f"| {_cell(rule)} | {_cell('<br>'.join(setup))} | {_cell(_packet(step))} | {_cell(_fate(step))} |")
     return rows
+
+
+def _socket(scenario: Scenario, step: Step) -> list[str]:
+    who = "" if scenario.user == "root" else f" ({scenario.user}'s)"
+    return [f"socket{who}: `{text}`" for text in step.socket]
 
 
 def _packet(step: Step) -> str:

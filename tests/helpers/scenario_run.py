@@ -15,10 +15,12 @@ from ipsecq.engine import standalone
 from ipsecq.engine.emit import Acquire, Emissions, PathMtuLearned
 from ipsecq.engine.headers import own_header
 from ipsecq.engine.inbound_sa import make_inbound
-from ipsecq.numbers import Mode, Protocol
+from ipsecq.numbers import Direction, Mode, Protocol
 from ipsecq.packet import checksum, icmp, ipv4, ipv6
 from ipsecq.packet.view import PacketView
+from ipsecq.policy import setpolicy
 from ipsecq.policy.model import Policy
+from ipsecq.policy.sockets import SocketPolicy, SocketRule, rule_of
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.association import SecurityAssociation
 from ipsecq.sa.sad import Sad
@@ -31,6 +33,8 @@ IN_FATES = {Fate.PASS: "enters in clear", Fate.DONE: "enters", Fate.ABSORBED: "a
 NAMES = {1: "ICMP", 4: "IPv4", 6: "TCP", 17: "UDP", 41: "IPv6", 47: "GRE", 58: "ICMPv6"}
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmp6": 58, "gre": 47, "sctp": 132}
 NOW = 1000.0
+MARK = 0x80000000
+"""Of the policies of a row's socket."""
 
 
 class Runner:
@@ -55,7 +59,7 @@ class Runner:
         machine.mtu = step.mtu
         if step.way == "out":
             packet = build(step.packet, self.wire)
-            fate, wire = machine.send(packet)
+            fate, wire = machine.send(packet, MARK if step.socket else 0)
             outcome = {"fate": _fate(fate, OUT_FATES)}
             sent = []
             for datagram in wire:
@@ -122,6 +126,13 @@ class Runner:
         tables = self.machine.tables
         for name, value in step.knobs.items():
             tables.sysctl.set(name, value)
+        self.machine.socket_mark = MARK if step.socket else 0
+        rules: dict[Direction, SocketRule | None] = {}
+        for text in step.socket:
+            spec = setpolicy.parse(text)
+            rules[spec.direction] = rule_of(spec, privileged=self.scenario.user == "root")
+        if step.socket:
+            tables.spd.put_socket(SocketPolicy(MARK, rules.get(Direction.IN), rules.get(Direction.OUT)))
         if step.setkey:
             applied = apply(parse(step.setkey), tables.sad, tables.spd, now=NOW)
             for sa in applied.sad:

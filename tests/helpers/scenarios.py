@@ -11,6 +11,7 @@ Keys of a row:
 ``way``       ``out``: the packet leaves; ``in``: it arrives
 ``packet``    ``SRC > DST PROTOCOL [SPORT DPORT | TYPE,CODE] [size=N fill=OCTET tos=N df fragment=first|later badsum=1
               mtu=N about=…]``
+``socket``    policies of the socket that sends the packet, or gets it; ``user = "nobody"``: set without privilege
 ``mtu``       of the path; 1500 by default
 ``sealed``    ``in``: policies of the peer that sealed the packet; without them it arrives as it is.  The peer has
               ``peer_sas`` (default: ``sas``) and ``peer_knobs``
@@ -51,9 +52,11 @@ FAMILIES = {
 
 STEP_KEYS = {
     "packet", "way", "mtu", "sealed", "tamper", "fate", "layout", "acquire", "error", "learned", "pieces", "outer",
-    "inner", "setkey", "knobs",
+    "inner", "setkey", "knobs", "socket",
 }  # fmt: skip
-ROW_KEYS = STEP_KEYS - {"setkey"} | {"rule", "policy", "sas", "peer_sas", "peer_knobs", "family", "each", "kernel", "then"}
+ROW_KEYS = STEP_KEYS - {"setkey"} | {
+    "rule", "policy", "sas", "peer_sas", "peer_knobs", "family", "each", "kernel", "user", "then",
+}  # fmt: skip
 OUTCOME = ("layout", "acquire", "error", "learned", "pieces", "outer", "inner")
 """What belongs to one step only and is not inherited by the next."""
 
@@ -69,6 +72,7 @@ class Step:
     sealed: str = ""
     tamper: tuple[str, ...] = ()
     setkey: str = ""
+    socket: tuple[str, ...] = ()
     knobs: dict[str, int] = field(default_factory=dict)
     expected: dict[str, Any] = field(default_factory=dict)
 
@@ -88,6 +92,8 @@ class Scenario:
     steps: list[Step]
     kernel: bool = False
     """It is run end to end, too."""
+    user: str = "root"
+    """Who set the socket's policies."""
 
 
 @dataclass
@@ -141,7 +147,8 @@ def _scenario(row: dict[str, Any], file: str, words: dict[str, str], known: dict
         current = {key: value for key, value in current.items() if key not in {*OUTCOME, "setkey", "knobs"}} | change
         steps.append(Step(
             current["packet"], current["way"], current["fate"], current.get("mtu", 1500), current.get("sealed", ""),
-            tuple(current.get("tamper", ())), current.get("setkey", ""), current.get("knobs", {}),
+            tuple(current.get("tamper", ())), current.get("setkey", ""), tuple(current.get("socket", ())),
+            current.get("knobs", {}),
             {key: current[key] for key in OUTCOME if key in current},
         ))  # fmt: skip
     return Scenario(
@@ -149,7 +156,7 @@ def _scenario(row: dict[str, Any], file: str, words: dict[str, str], known: dict
         {name: fill(known[name], words).strip() for name in names},
         {name: fill(known[name], words).strip() for name in peer_names},
         row.get("knobs", {}), row.get("peer_knobs", {}), steps,
-        words["V"] in [FAMILIES[family]["V"] for family in row.get("kernel", [])],
+        words["V"] in [FAMILIES[family]["V"] for family in row.get("kernel", [])], row.get("user", "root"),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from scenario_docs import TARGET, render
-from scenario_run import Runner, build
+from scenario_run import MARK, Runner, build
 from scenarios import Scenario, load
 
 from ipsecq.netfilter.verdicts import verdict_of
@@ -51,7 +51,8 @@ def test_the_kernels_verdict_about_clear_packets_is_the_engines(scenario: Scenar
         if step.sealed or view.is_fragment or outcome["fate"] == "absorbed":
             continue  # not the policy chains' business, or put together by the kernel before they see it
         direction = Direction.OUT if step.way == "out" else Direction.IN
-        policy = tables.spd.lookup(direction, view.src, view.dst, view.protocol, view.sport, view.dport)
+        flow = view.src, view.dst, view.protocol, view.sport, view.dport
+        policy = tables.spd.lookup_socket(MARK if step.socket else 0, direction, *flow, fragment=False)
         if policy is None:
             knobs = tables.sysctl.v4 if view.version == 4 else tables.sysctl.v6
             verdict = "accept" if knobs.def_policy else f"goto {step.way}_discard"
