@@ -279,8 +279,8 @@ class Supervisor:
     async def _tick_sockets(self) -> None:
         try:
             await self.sockets.tick()
-        except IpsecqError as error:
-            log.error("%s", error)
+        except (IpsecqError, OSError) as error:
+            log.error("policies of sockets: %s", error)
 
     def _top_up(self, slot: int) -> None:
         try:

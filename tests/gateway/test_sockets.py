@@ -82,9 +82,9 @@ class Net:
             for near, far in (self.network.sites, self.network.sites[::-1]):
                 text += (
                     f"add {near.wan(version)} {far.wan(version)} esp {0x2000 + 16 * near.number + version} "
-                    f"-m transport -r 4 -E aes-gcm-16 0x{secrets.token_hex(20)};\n"
+                    f"-m transport -r 32 -E aes-gcm-16 0x{secrets.token_hex(20)};\n"
                     f"add {near.wan(version)} {far.wan(version)} ah {0x3000 + 16 * near.number + version} "
-                    f"-m transport -r 4 -A hmac-sha2-256 0x{secrets.token_hex(32)};\n"
+                    f"-m transport -r 32 -A hmac-sha2-256 0x{secrets.token_hex(32)};\n"
                 )
         self.gateways = [Gateway(site.gateway, text) for site in self.network.sites]
         self.setkey = text
@@ -191,6 +191,8 @@ def test_tcp_from_the_first_segment_to_the_last_and_what_accept_makes_has_the_li
         listener.close()
         assert ipsecq.get_policy(server, "out", path=net.paths[1]) == REQUIRE[0]
         time.sleep(3)  # the listener's policy would have gone by now
+        for sock in (client, server):
+            sock.settimeout(20)
         blob = b"marker" * 20000
         thread = threading.Thread(target=lambda: (client.sendall(blob), client.shutdown(socket.SHUT_WR)))
         thread.start()
