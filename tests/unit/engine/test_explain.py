@@ -115,7 +115,7 @@ OUTBOUND = [
     pytest.param(scenario, id=scenario.rule.replace("::", ";"))
     for table in load()
     for scenario in table.scenarios
-    if any(step.way == "out" and "fragment=" not in step.packet for step in scenario.steps)
+    if any(step.way == "out" and "fragment=" not in step.packet and not step.socket for step in scenario.steps)
 ]
 
 
