@@ -164,7 +164,7 @@ class Worker:
         inbound = InboundRuns(tables, unite=setup.coalesce)
         routed = RoutedTunnels(
             outbound, counters, lambda each: worker_of(each.policy(4), setup.workers) == self._index,
-            coalescing=setup.coalesce,
+            gso=setup.plain_queue >= 0, coalescing=setup.coalesce,
         )  # fmt: skip
         tables.interfaces = routed.interfaces
         outbound.on_drop = inbound.on_drop = DropLog(replica.sysctl)

@@ -89,10 +89,12 @@ def _configure(name: str, mtu: int, fresh: bool) -> None:
 class IpsecDevice(Enc0):
     """One worker's queue of an ipsecN device.  With ``reading`` this worker gets what is routed into it."""
 
-    offloads = TUN_F_CSUM | TUN_F_TSO
+    def __init__(self, name: str, *, reading: bool, gso: bool = True, coalescing: bool = True) -> None:
+        """Attach to the device that :func:`create_interface` made; DaemonError when that fails.
 
-    def __init__(self, name: str, *, reading: bool, coalescing: bool = True) -> None:
-        """Attach to the device that :func:`create_interface` made; DaemonError when that fails."""
+        With ``gso`` TCP super-packets come whole, and checksums may not be filled in; the same for all queues of a device.
+        """
+        self.offloads = TUN_F_CSUM | TUN_F_TSO if gso else 0
         super().__init__(name, coalescing=coalescing)
         self.reading = reading
         if not reading:

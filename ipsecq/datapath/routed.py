@@ -74,11 +74,12 @@ class RoutedTunnels:
         counters: MutableSequence[int],
         is_mine: Callable[[Interface], bool],
         *,
+        gso: bool = True,
         coalescing: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine, self._counters, self._clock = engine, counters, clock
-        self._is_mine, self._coalescing = is_mine, coalescing
+        self._is_mine, self._gso, self._coalescing = is_mine, gso, coalescing
         self._entries: dict[int, _Entry] = {}
         """By reqid."""
         self._readers: dict[int, _Entry] = {}
@@ -101,7 +102,7 @@ class RoutedTunnels:
                 continue
             mine = self._is_mine(interface)
             try:
-                device = IpsecDevice(interface.name, reading=mine, coalescing=self._coalescing)
+                device = IpsecDevice(interface.name, reading=mine, gso=self._gso, coalescing=self._coalescing)
             except DaemonError as error:
                 log.error("%s", error)
                 continue

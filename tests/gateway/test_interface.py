@@ -15,6 +15,9 @@ from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.routed import DEVICE, RoutedTunnel
 from ipsecq.lab.topology import build
 from ipsecq.lab.traffic import MARKER, ping, tcp, udp_echo
+from ipsecq.pfkey.client import PfkeyClient
+from ipsecq.pfkey.constants import MessageType
+from ipsecq.pfkey.messages import Message
 
 pytestmark = pytest.mark.root
 
@@ -179,7 +182,14 @@ def test_without_an_sa_packets_wait_and_leave_when_it_comes(world):
     gateway.space.run("sh", "-c", f"echo 'delete 192.0.2.1 192.0.2.2 esp 0x2001;' > {gateway.directory}/gone.conf")
     gateway.command("setkey", "-f", str(gateway.directory / "gone.conf"))
     with Capture(world.one.gateway, "wan") as wire, Capture(world.two.host, "eth0") as inside:
-        assert world.answers() == 0
+        with PfkeyClient.connect(gateway.directory / "run" / "pfkey") as client:
+            client.request(Message(MessageType.REGISTER, 3))
+            assert world.answers() == 0
+            client.socket.settimeout(3)
+            while (message := client.receive()).type != MessageType.ACQUIRE:
+                pass
+            (wanted,) = client.request(Message(MessageType.X_SPDGET, policy=message.policy)).policy.requests
+        assert (wanted.reqid, wanted.src, wanted.dst) == (100, b"\xc0\0\2\1", b"\xc0\0\2\2")
         wire.settle()
         assert wire.frames() == []
         assert gateway.metric("ipsecq_events_total", event="acquire") > asked
@@ -221,7 +231,11 @@ def test_a_device_that_somebody_removes_is_made_again(world):
 
 
 def test_dead_workers_and_dead_daemons_let_nothing_pass_and_come_back(world):
-    gateway = world.gateways[0]
+    """The daemon that comes back has an interface less, and no offloads."""
+    gateway, space = world.gateways[0], world.one.gateway
+    text = gateway.config.read_text()
+    gateway.config.write_text(text + world.tunnel.settings(world.one, "ipsec2").replace("reqid = 100", "reqid = 300"))
+    gateway.command("reload")
     with world.wire() as wire:
         for pid in gateway.workers():
             kill_process(pid)
@@ -229,12 +243,23 @@ def test_dead_workers_and_dead_daemons_let_nothing_pass_and_come_back(world):
         gateway.kill()
         assert world.answers() == 0
         assert tcp_fails(world)
+        assert "ipsec2" in space.run("ip", "link", "show").stdout
+        gateway.config.write_text(f"{text}[offload]\ngso = false\ncoalesce = false\nudp_segment = false\n")
         gateway.start()
+        assert "ipsec2" not in space.run("ip", "link", "show").stdout
         assert world.answers() == 3  # device and routes were there all the time
+        for version in (4, 6):
+            assert tcp(world.one.host, world.two.host, world.two.host_address(version), 1_000_000).digest_matches
+        assert gateway.metric("ipsecq_events_total", event="super_packets") == 0
         gateway.stop()
         assert world.answers() == 0
         wire.settle()
     assert other_than_esp(wire.frames()) == []
+    gateway.config.write_text(text.replace("[daemon]", '[daemon]\non_stop = "remove"'))
+    gateway.start()
+    assert world.answers() == 3
+    gateway.stop()
+    assert DEVICE not in space.run("ip", "link", "show").stdout
 
 
 def tcp_fails(world):
