@@ -66,9 +66,11 @@ def test_make_uninstall_leaves_configuration_and_nothing_else(tmp_path):
     unit = (tmp_path / "units/ipsecq.service").read_text()
     assert "ExecStart=/usr/bin/ipsecq run --config /srv/etc/ipsecq.toml" in unit
     assert "RequiresMountsFor=/srv/etc /srv/ipsecq" in unit
-    for path in ("man/man8/ipsecq.8", "man/man5/ipsecq.conf.5", "bash-completion/completions/ipsecq"):
+    for path in ("man/man8/ipsecq.8", "man/man5/ipsecq.conf.5", "bash-completion/completions/ipsecq",
+                 "doc/ipsecq/examples/inner.d/20-allow-https.nft", "doc/ipsecq/examples/prometheus/alerts.yml"):  # fmt: skip
         assert (tmp_path / "share" / path).stat().st_size > 100
 
+    assert (tmp_path / "srv/etc/inner.d").is_dir()
     configuration = tmp_path / "srv/etc/ipsecq.toml"
     configuration.write_text("[daemon]\nworkers = 7\n")
     run(*argv, "install", env=environment)
