@@ -9,8 +9,8 @@ from ipsecq.lab import charon, iked
 from ipsecq.lab.capture import in_clear, repeated_sequence_numbers
 from ipsecq.lab.certificates import Authority
 from ipsecq.lab.gateway import Gateway
-from ipsecq.lab.interop import FAR_HOST, FAR_LAN, FAR_OUTER, NEAR_HOST, NEAR_LAN, NEAR_OUTER
-from ipsecq.lab.netns import wait_for
+from ipsecq.lab.interop import FAR_HOST, FAR_LAN, FAR_OUTER, NEAR_HOST, NEAR_LAN, NEAR_OUTER, Bench
+from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.traffic import ping
 
 WHY = iked.missing() or charon.missing()
@@ -26,10 +26,17 @@ def iked_conf(version, *, active, authentication):
 """
 
 
+@pytest.fixture(scope="module")
+def machine():
+    """A kernel of its own: what other tests have done to the shared one by AF_KEY can leave it without an answer."""
+    with Lab() as lab:
+        yield Bench(lab)
+
+
 @pytest.fixture
-def world(kernel_peer, request):
+def world(machine, request):
     """A gateway without a word about IPsec, an iked and a charon; the test says which of both begins."""
-    bench = kernel_peer
+    bench = machine
     bench.peer.flush()
     if bench.gateway is not None:
         bench.gateway.stop()
