@@ -368,13 +368,13 @@ def test_the_program_s_own_mark_stays(net):
 def test_a_policy_goes_with_its_socket_however_that_ends(net):
     def shown():
         # Connections of the tests before have their policy for the minute that the kernel keeps them in TIME_WAIT.
-        return [pair for pair in net.gateways[0].status()["sockets"] if "unique:9" in pair["out"]]
+        return [pair for pair in net.gateways[0].status()["sockets"] if "unique:909" in pair["out"]]
 
     space, path = net.network.one.gateway, net.paths[0]
     code = (
         "import os, socket, sys, time, ipsecq\n"
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
-        f"ipsecq.set_policy(s, 'out ipsec esp/transport//unique:9', path={str(path)!r})\n"
+        f"ipsecq.set_policy(s, 'out ipsec esp/transport//unique:909', path={str(path)!r})\n"
         "pid = os.fork()\n"
         "if pid: print(pid, flush=True)\n"
         "time.sleep(60)\n"
@@ -383,10 +383,10 @@ def test_a_policy_goes_with_its_socket_however_that_ends(net):
     log = net.gateways[0].directory / "parent"
     wait_for(lambda: log.read_text().strip().isdigit(), "the fork", 10)
     child = int(log.read_text())
-    assert [(pair["out"], pair["sockets"]) for pair in shown()] == [("out ipsec esp/transport//unique:9", 1)]
+    assert [(pair["out"], pair["sockets"]) for pair in shown()] == [("out ipsec esp/transport//unique:909", 1)]
     assert net.gateways[0].metric("ipsecq_sockets_with_policy") >= 1
     assert net.gateways[0].metric("ipsecq_socket_policies") >= 1
-    assert "unique:9" in net.gateways[0].command("status").stdout
+    assert "unique:909" in net.gateways[0].command("status").stdout
     parent.kill()
     parent.wait()
     time.sleep(3)
