@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +19,10 @@ from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
 from ipsecq.errors import NetfilterError
 from ipsecq.metrics.source import InterfaceSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
+from ipsecq.netfilter.links import is_local
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
+from ipsecq.packet.address import text as _text
 from ipsecq.policy.model import Policy
 from ipsecq.sa.association import SecurityAssociation, Slot
 from ipsecq.setkey import printer
@@ -278,11 +279,7 @@ class Sampler:
         known = self._local.get(address)
         if known is not None and now - known[0] < LOCAL_SECONDS:
             return known[1]
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        local = False
-        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe, contextlib.suppress(OSError):
-            probe.bind((_text(address), 0))
-            local = True
+        local = is_local(address)
         if len(self._local) > SHOWN:
             self._local.clear()
         self._local[address] = now, local
@@ -338,7 +335,3 @@ def _show_policy(policy: Policy) -> dict[str, Any]:
         "fail_open": policy.fail_open,
         "from": policy.label,
     }
-
-
-def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)

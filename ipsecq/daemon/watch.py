@@ -13,11 +13,11 @@ from ipsecq.counters import Counter
 from ipsecq.daemon.events import EventBus
 from ipsecq.daemon.pool import WorkerPool
 from ipsecq.daemon.sampling import History, Sampler
-from ipsecq.metrics.associations import address
 from ipsecq.metrics.live import KERNEL_DROPS
 from ipsecq.metrics.reasons import DROPS, reason
 from ipsecq.metrics.source import TunnelSample, WorkerSample
 from ipsecq.numbers import Mode, Protocol, SaState
+from ipsecq.packet.address import text as address
 from ipsecq.policy.model import Policy
 from ipsecq.sa.association import SaKey, SecurityAssociation
 from ipsecq.setkey import printer

@@ -5,7 +5,6 @@ Needs CAP_NET_ADMIN: the kernel shows marks to nobody else.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import struct
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
+from ipsecq.netfilter.links import is_local
 from ipsecq.numbers import IPPROTO_TCP, IPPROTO_UDP
 
 _NETLINK_SOCK_DIAG: Final = 4
@@ -155,11 +155,7 @@ class SocketLookup:
         known = self._local.get(address)
         if known is not None and now < known[0]:
             return known[1]
-        family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-        local = False
-        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe, contextlib.suppress(OSError):
-            probe.bind((socket.inet_ntop(family, address), 0))
-            local = True
+        local = is_local(address)
         if len(self._local) >= _MAX_LOCAL:
             self._local.clear()
         self._local[address] = now + LOCAL_SECONDS, local

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ from ipsecq.doctor import firewall, interfaces, machine, routes, rules, running
 from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.errors import IpsecqError
 from ipsecq.netfilter.capabilities import Capabilities, detect
+from ipsecq.netfilter.links import is_local
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.model import Policy
 from ipsecq.policy.spd import Spd
@@ -57,12 +56,3 @@ def live_policies(status: dict[str, Any]) -> list[Policy]:
     """The SPD of the running daemon, IKE's policies included, from its answer."""
     text = "\n".join(policy["policy"] for policy in status["policies"])
     return apply(parse(text, "status"), Sad(), Spd(), now=0.0).spd.dump()
-
-
-def is_local(address: bytes) -> bool:
-    """True when the address belongs to this machine: the kernel lets a socket be bound to it."""
-    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as trial, contextlib.suppress(OSError):
-        trial.bind((socket.inet_ntop(family, address), 0))
-        return True
-    return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.netfilter.links import list_links
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.numbers import Action, Direction, Mode
+from ipsecq.packet.address import text as _text
 from ipsecq.policy.model import Policy, Selector
 
 MOST: Final = 16
@@ -214,7 +214,3 @@ def _offloads(device: str) -> Iterator[Finding]:
             Grade.WARN, "offload", f"{device} has {' and '.join(off)} off: packets come one by one, which is slower",
             f"ethtool -K {device} gso on sg on",
         )  # fmt: skip
-
-
-def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ipsecq.crypto import registry
 from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.numbers import Action, Direction, Mode
+from ipsecq.packet.address import text as _text
 from ipsecq.policy.model import Policy, Selector, Transform
 from ipsecq.sa.association import SecurityAssociation
 from ipsecq.setkey import printer
@@ -124,7 +124,3 @@ def _keys(sas: list[SecurityAssociation]) -> Iterator[Finding]:
                 + "): the same nonces under the same key give plaintexts away",
                 "make a key of its own for each SA and direction",
             )  # fmt: skip
-
-
-def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)

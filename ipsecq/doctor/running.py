@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
+from ipsecq.packet.address import text as _text
 from ipsecq.policy.model import Policy
 from ipsecq.setkey import printer
 
@@ -171,10 +171,6 @@ def _switched_off(policies: Sequence[Policy], knobs: Mapping[str, int]) -> Itera
                 Grade.FAIL, "switched off", f"{name} is 0: every packet that needs {protocol.upper()} is dropped",
                 f"ipsecq sysctl {name}=1",
             )  # fmt: skip
-
-
-def _text(address: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
 def _counters(status: Status) -> Iterator[Finding]:

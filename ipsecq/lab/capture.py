@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Final
 
 from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
+from ipsecq.packet.address import text as _address
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_IPV6: Final = 0x86DD
@@ -242,7 +243,3 @@ def inject(space: Namespace, device: str, *frames: bytes) -> None:
         raw.bind((device, 0))
         for frame in frames:
             raw.send(frame)
-
-
-def _address(packed: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)

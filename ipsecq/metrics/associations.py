@@ -6,7 +6,6 @@ seconds for that; :func:`text` writes the same lines straight from the table.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 
 from ipsecq.metrics.source import SaSample, Snapshot
 from ipsecq.numbers import Mode, Protocol, SaState
+from ipsecq.packet.address import text as address
 from ipsecq.sa.association import Lifetime, Slot
 
 LABELS: Final = ("spi", "protocol", "dst")
@@ -175,8 +175,3 @@ def text(snapshot: Snapshot) -> str:
             if value is not None:
                 lines.append(f"{exposed}{name}}} {float(value)!r}\n")
     return "".join(lines)
-
-
-def address(packed: bytes) -> str:
-    """``192.0.2.1`` or ``2001:db8::1``."""
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)

@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from ipsecq import __version__
 from ipsecq.counters import Counter, Offload
-from ipsecq.metrics.associations import address, expiry, hard_share, state
+from ipsecq.metrics.associations import expiry, hard_share, state
 from ipsecq.metrics.reasons import DROPS, reason
 from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, WorkerSample
 from ipsecq.numbers import Mode, Protocol, SaState
+from ipsecq.packet.address import text as address
 from ipsecq.sa.association import Slot
 
 KERNEL_DROPS: Final = {

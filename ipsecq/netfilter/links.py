@@ -5,6 +5,7 @@ Source: Linux ``include/uapi/linux/rtnetlink.h``, ``if_link.h``.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import sys
@@ -15,6 +16,7 @@ from typing import Final
 
 from ipsecq.errors import NetfilterError
 from ipsecq.netfilter.nfnetlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes
+from ipsecq.packet.address import text
 
 _RTM_NEWLINK: Final = 16
 _RTM_DELLINK: Final = 17
@@ -136,3 +138,12 @@ def _links(buffer: bytes) -> Iterator[tuple[int, Link]]:
         name = found.get(_IFLA_IFNAME, b"\0")[:-1].decode(errors="replace")
         mtu = int.from_bytes(found.get(_IFLA_MTU, b""), sys.byteorder)
         yield kind, Link(index, name, mtu, bool(flags & _IFF_UP), bool(flags & _IFF_LOOPBACK))
+
+
+def is_local(address: bytes) -> bool:
+    """True when the packed address belongs to this network namespace: the kernel lets a socket be bound to it."""
+    family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as trial, contextlib.suppress(OSError):
+        trial.bind((text(address), 0))
+        return True
+    return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from datetime import UTC, datetime
 from typing import Final
 
 from ipsecq.counters import Counter
 from ipsecq.numbers import IPPROTO_UDP, Protocol
+from ipsecq.packet.address import text as address
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation
@@ -56,11 +56,6 @@ _REASONS: Final = {
 def reason(counter: int) -> str:
     """Why a packet was dropped, for people."""
     return _REASONS.get(Counter(counter)) or Counter(counter).name.lower()
-
-
-def address(octets: bytes) -> str:
-    """``192.0.2.1`` or ``2001:db8::1``."""
-    return socket.inet_ntop(socket.AF_INET if len(octets) == 4 else socket.AF_INET6, octets)
 
 
 def moment(time: int) -> str:

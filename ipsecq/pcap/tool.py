@@ -21,6 +21,7 @@ from ipsecq.engine.tables import Random, Tables
 from ipsecq.errors import CaptureError
 from ipsecq.numbers import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP, Direction
 from ipsecq.numbers import Protocol as IpsecProtocol
+from ipsecq.packet.address import text as address
 from ipsecq.packet.fragments import Reassembler
 from ipsecq.packet.view import DESTINATION_OPTIONS, PacketView
 from ipsecq.pcap import links, text
@@ -99,7 +100,7 @@ class Report:
                 yield f"  more unknown SPIs: {number}"
                 continue
             name = IpsecProtocol(protocol).name.lower()
-            yield f"  {name} 0x{spi:08x} to {text.address(dst)}: {number} with this unknown SPI"
+            yield f"  {name} 0x{spi:08x} to {address(dst)}: {number} with this unknown SPI"
         for reason, number in self.reasons.most_common():
             yield f"  {number} {reason}"
         for link in sorted(self.links):
@@ -210,7 +211,7 @@ class Decryptor(_Common):
         unknown[key if key in unknown or len(unknown) < MAX_UNKNOWN else (b"", 0, 0)] += 1
         for sa in self.tables.sad:
             if sa.protocol is protocol and sa.spi == spi:
-                return f": the SA with this SPI is for destination {text.address(sa.dst)}"
+                return f": the SA with this SPI is for destination {address(sa.dst)}"
         return ""
 
 
@@ -249,7 +250,7 @@ class Encryptor(_Common):
             lacking = "no SA"
             if isinstance(held, Acquire):
                 name = IpsecProtocol(held.protocol).name.lower()
-                lacking = f"no {name} SA from {text.address(held.src)} to {text.address(held.dst)}"
+                lacking = f"no {name} SA from {address(held.src)} to {address(held.dst)}"
                 lacking += f" with reqid {held.reqid}" if held.reqid else ""
             return self._dropped(whole, lacking)
         return self._dropped(whole, text.reason(fate))
