@@ -17,7 +17,8 @@ PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl
 PACKAGES_WATCH := prometheus chromium fonts-dejavu-core
-PACKAGES_BENCH := $(PACKAGES_LAB) wireguard-go wireguard-tools charon-systemd strongswan-swanctl libcharon-extra-plugins
+PACKAGES_BENCH := $(PACKAGES_LAB) wireguard-go wireguard-tools charon-systemd strongswan-swanctl \
+	libcharon-extra-plugins libstrongswan-standard-plugins
 PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
 PACKAGES_SYSTEM := $(PACKAGES_LAB) user-mode-linux kmod qemu-system-x86 mmdebstrap e2fsprogs cpio lintian
 

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from ipsecq.lab.netns import Lab, wait_for
+from ipsecq.lab.netns import Lab, LabError, wait_for
 from ipsecq.lab.topology import Network, Site, build
 
 CHARONS: Final = ("/usr/sbin/charon-systemd", "/usr/lib/ipsec/charon")
 """Debian's charon-systemd (it runs without systemd as well), strongswan-charon."""
-PLUGIN: Final = Path("/usr/lib/ipsec/plugins/libstrongswan-kernel-libipsec.so")
+PLUGINS: Final = [Path(f"/usr/lib/ipsec/plugins/libstrongswan-{name}.so") for name in ("kernel-libipsec", "openssl")]
+"""Of Debian's libcharon-extra-plugins and libstrongswan-standard-plugins.  A charon without openssl ends at once."""
 # openssl stands before the plain-C plugins: with them in front, AES-GCM is five times slower.
 _DAEMON: Final = """
 {section} {{
@@ -55,10 +58,12 @@ class StrongswanLibipsec:
         self._lan_mtu = lan_mtu
 
     def missing(self) -> str:
-        """Needs Debian's charon-systemd, strongswan-swanctl and libcharon-extra-plugins."""
-        if charon() and PLUGIN.exists() and shutil.which("swanctl"):
+        """Needs Debian's charon-systemd, strongswan-swanctl and the packages of the plugins."""
+        if charon() and all(plugin.exists() for plugin in PLUGINS) and shutil.which("swanctl"):
             return ""
-        return "needs Debian packages charon-systemd strongswan-swanctl libcharon-extra-plugins"
+        return (
+            "needs Debian packages charon-systemd strongswan-swanctl libcharon-extra-plugins libstrongswan-standard-plugins"
+        )
 
     def version(self) -> str:
         """Debian's package version."""
@@ -86,15 +91,27 @@ class StrongswanLibipsec:
         text = _DAEMON.format(section=Path(program).name, directory=directory)
         (directory / "strongswan.conf").write_text(text)
         (directory / "swanctl.conf").write_text(_CONNECTION.format(near=near, far=far, secret=secret))
-        space.popen(
+        log = directory / "log"
+        process = space.popen(
             "unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs /run && exec {program}",
-            log=directory / "log", env={"STRONGSWAN_CONF": str(directory / "strongswan.conf")},
+            log=log, env={"STRONGSWAN_CONF": str(directory / "strongswan.conf")},
         )  # fmt: skip
-        wait_for((directory / "vici").exists, "charon's vici socket")
+        try:
+            wait_for(lambda: _listens(directory / "vici", process), "charon's vici socket")
+        except LabError as error:
+            raise LabError(f"charon of {space.role}: {error}; its log:\n{log.read_text(errors='replace')}") from None
         # The tunnel device's default MTU of 1400 is what the LANs have.
         space.run(
             "swanctl", "--load-all", "--file", str(directory / "swanctl.conf"), "--uri", f"unix://{directory}/vici"
         )
+
+
+def _listens(path: Path, charon: subprocess.Popen[bytes]) -> bool:
+    """Whether somebody answers there: the file alone is there before charon listens, and after it has died."""
+    if charon.poll() is not None:
+        raise LabError(f"ended with status {charon.returncode}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return not probe.connect_ex(str(path))
 
 
 def charon() -> str:
