@@ -73,4 +73,5 @@ def answer(
 def offline(question: Question, content: Content) -> dict[str, Any]:
     """The answer from what files say."""
     tables = standalone.build(content.sad.dump(), content.spd.dump(), os.urandom, content.sysctl)
+    tables.parallel_sas = content.config.daemon.parallel_sas
     return answer(question, tables, content.config.netfilter(), "files", lambda _: ETHERNET)

@@ -47,6 +47,7 @@ class WorkerSetup:
     mark_sockets: int
     enc_device: str
     coalesce: bool
+    parallel_sas: bool
     udp: tuple[UdpSocket, ...]
     """Inherited sockets for bursts of ESP in UDP; empty: no bursts."""
     udp_port: int

@@ -60,6 +60,12 @@ class DaemonConfig:
         within=(1, 16),
         restart=True,
     )
+    parallel_sas: bool = _option(
+        False,
+        "Share the flows of a policy among all outbound SAs that fit it (RFC 9611), where otherwise the oldest, or the "
+        "newest, serves all of them. Each flow keeps to one SA, and so to its order.",
+        restart=True,
+    )
     queue_base: int = _option(
         QUEUE_BASE,
         "First of the NFQUEUE numbers: workers times lanes, and with offload.gso as many more as there are workers.",

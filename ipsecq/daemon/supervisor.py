@@ -402,8 +402,8 @@ class Supervisor:
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
             settings.workers, settings.mark_done, settings.mark_stolen, settings.mark_sockets,
             self.config.nftables.enc_device,
-            self.config.offload.coalesce, tuple(self.ruleset.udp.sockets), settings.natt_ports[0], self.config.log,
-            self._journal,
+            self.config.offload.coalesce, self.config.daemon.parallel_sas, tuple(self.ruleset.udp.sockets),
+            settings.natt_ports[0], self.config.log, self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 
@@ -441,7 +441,7 @@ class Supervisor:
         authority = self.authority
         return Tables(
             authority.sad, authority.spd, authority.sysctl, self.table.words, self.pool.workers[0].counters,
-            lambda slot, limit: (0, 0), os.urandom,
+            lambda slot, limit: (0, 0), os.urandom, parallel_sas=self.config.daemon.parallel_sas,
         )  # fmt: skip
 
     def mtu_of(self, dst: bytes) -> int:

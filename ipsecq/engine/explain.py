@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from ipsecq.engine.bundle import Bundle
+from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.history import with_ends
 from ipsecq.engine.outbound import MtuOf
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
@@ -158,14 +159,13 @@ def _explain_bundle(tables: Tables, answer: Explanation, policy: Policy, mtu_of:
     flow = answer.flow
     knobs = _knobs(tables, flow.src)
     outermost = flow.dst
+    number = flow_number(flow.src, flow.dst, flow.protocol, flow.sport, flow.dport)
     blocked = ("", "")
     for transform, near, far in with_ends(policy, flow.src, flow.dst):
         level = resolve_level(transform, knobs)
-        sa = tables.sad.outbound(
-            int(transform.protocol), int(transform.mode), near, far, transform.reqid,
-            oldest=tables.sysctl.key.preferred_oldsa != 0,
-        )  # fmt: skip
-        note = "applied"
+        sas = sharers(tables, transform, near, far)
+        sa = share(sas, number)
+        note = f"applied, one of {len(sas)} SAs that share the flows" if len(sas) > 1 else "applied"
         _note_knobs(answer, transform, knobs)
         if not _enabled(transform, knobs):
             note = f"{_enable_name(transform)} is 0"

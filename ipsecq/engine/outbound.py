@@ -12,6 +12,7 @@ from typing import Final
 
 from ipsecq.counters import FIRST_DROP, Counter, Fate
 from ipsecq.engine.bundle import Bundle
+from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.emit import Acquire, Burst, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
@@ -226,7 +227,7 @@ class Outbound:
         if policy is None:
             decision = Counter.OUT_DISCARD if knobs.def_policy == 0 else _PASS
         elif policy.action is Action.IPSEC:
-            decision, wanted = self._bundle(policy, src, dst, knobs)
+            decision, wanted = self._bundle(policy, flow, knobs)
         else:
             decision = Counter.OUT_DISCARD if policy.action is Action.DISCARD else _PASS
         if wanted:
@@ -238,15 +239,15 @@ class Outbound:
         self._flows[flow] = decision
         return decision
 
-    def _bundle(
-        self, policy: Policy, src: bytes, dst: bytes, knobs: FamilyKnobs
-    ) -> tuple[Bundle | int, list[Acquire]]:
-        """The steps of ``policy`` for a packet from ``src`` to ``dst``, and the SAs that are missing.
+    def _bundle(self, policy: Policy, flow: Flow, knobs: FamilyKnobs) -> tuple[Bundle | int, list[Acquire]]:
+        """The steps of ``policy`` for a flow, and the SAs that are missing.
 
         A packet that is held waits for the last one of these.  ``knobs`` are those of the policy's family, whatever the
         family of its tunnels: inbound, and in the kernel's rules, a level means the same.
         """
         tables = self._tables
+        src, dst = flow[:2]
+        number = flow_number(*flow[:6]) if tables.parallel_sas else 0
         steps: list[OutboundStep] = []
         wanted: list[Acquire] = []
         for transform in policy.transforms:
@@ -256,10 +257,7 @@ class Outbound:
             tunnel = transform.mode is Mode.TUNNEL
             near = transform.src or src
             far = transform.dst or dst
-            sa = tables.sad.outbound(
-                int(transform.protocol), int(transform.mode), near, far, transform.reqid,
-                oldest=tables.sysctl.key.preferred_oldsa != 0,
-            )  # fmt: skip
+            sa = share(sharers(tables, transform, near, far), number)
             if sa is None:
                 wanted.append(self._wanted(policy, transform, near, far))
                 if resolve_level(transform, knobs) is not Level.USE:

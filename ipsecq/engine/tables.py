@@ -50,6 +50,8 @@ class Tables:
     """Which socket an inbound packet is for; None where there are no sockets (captures)."""
     larval: Set[tuple[bytes, int, int]] = frozenset()
     """Keys (destination, protocol, SPI) of inbound SAs that key management is about to make."""
+    parallel_sas: bool = False
+    """Flows of one policy are shared by all SAs that fit (:mod:`ipsecq.engine.choice`)."""
     interfaces: dict[int, Interface] = field(default_factory=dict)
     """Route-based tunnels by their reqid: what such an SA opens enters from its interface, or not at all."""
 

@@ -16,6 +16,9 @@ from ipsecq.sa.association import SaKey, SecurityAssociation
 WELL_KNOWN_CPI: Final = {1: "oui", 2: "deflate", 3: "lzs", 4: "lzjh"}
 """CPIs below 64 name the algorithm itself (RFC 3173 section 3.3, IANA ISAKMP registry)."""
 
+MAX_SHARERS: Final = 64
+"""SAs over which the flows of one policy are spread at most: more than one gateway has processors."""
+
 _OutboundKey = tuple[int, bytes, bytes, int]
 _Bucket = dict[SaKey, SecurityAssociation]
 
@@ -87,6 +90,18 @@ class Sad:
             if state is SaState.DYING and dying is None:
                 dying = sa
         return dying
+
+    def sharers(
+        self, protocol: int, mode: int, src: bytes, dst: bytes, reqid: int = 0
+    ) -> list[SecurityAssociation]:
+        """Return the SAs that may share the flows of one transform, in the order in which they became usable.
+
+        Arguments as for :meth:`outbound`.  The MATURE ones; the DYING ones only when there is no other.
+        """
+        fitting = [sa for sa in self._outbound.get((protocol, src, dst, reqid), {}).values()
+                   if not (mode and sa.mode and sa.mode != mode)]
+        mature = [sa for sa in fitting if sa.state is SaState.MATURE]
+        return (mature or fitting)[:MAX_SHARERS]
 
     # -- what key management asks ----------------------------------------------------------------------
 

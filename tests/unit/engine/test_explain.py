@@ -67,15 +67,17 @@ def flow_of(packet: bytes) -> Flow:
 
 
 @given(policies=policy_sets, names=st.sets(st.sampled_from(PAIRS)), levels=knob_sets, off=off_sets,
-       default=st.sampled_from((0, 1)), text=packets, family=st.sampled_from((4, 6)))  # fmt: skip
+       default=st.sampled_from((0, 1)), text=packets, family=st.sampled_from((4, 6)),
+       parallel=st.booleans())  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_what_is_said_about_a_packet_that_leaves_is_what_happens_to_it(
     policies: list[tuple[str, str, str]], names: set[str], levels: dict[str, int], off: set[str], default: int,
-    text: str, family: int,
+    text: str, family: int, parallel: bool,
 ) -> None:  # fmt: skip
     rules = "".join(f"spdadd {selector} -P out {priority}{action};" for selector, priority, action in policies)
     sas, spd = databases(fill("".join(SAS[name] for name in sorted(names)), family), fill(rules, family))
     machine = make_peer(sas, spd, knobs_of(family, levels, off, default))
+    machine.tables.parallel_sas = parallel
     packet = build(fill("{A} > {B} " + text, family), [])
     before = bytes(machine.tables.words), bytes(machine.tables.counters)
     answer = explain.outbound(machine.tables, flow_of(packet), lambda _: 1500)

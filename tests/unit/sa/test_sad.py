@@ -31,6 +31,12 @@ def naive_outbound(order, protocol, mode, src, dst, reqid, oldest):
     return None
 
 
+def naive_sharers(order, protocol, mode, src, dst, reqid):
+    fits = [x for x in order if x.protocol == protocol and x.src == src and x.dst == dst
+            and (not reqid or x.reqid == reqid) and (not mode or not x.mode or x.mode == mode)]
+    return [x for x in fits if x.state == SaState.MATURE] or [x for x in fits if x.state == SaState.DYING]
+
+
 operations = st.lists(
     st.tuples(
         st.sampled_from(["add", "delete", "state", "update", "flush"]),
@@ -100,6 +106,7 @@ def test_every_lookup_agrees_with_a_naive_list(steps):
                     for oldest in (True, False):
                         arguments = (Protocol.ESP, policy_mode, end, B, wanted)
                         assert sad.outbound(*arguments, oldest=oldest) is naive_outbound(order, *arguments, oldest)
+                    assert sad.sharers(*arguments) == naive_sharers(order, *arguments)
 
 
 def test_preferred_oldsa_chooses_between_the_old_and_the_new():
