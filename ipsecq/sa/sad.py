@@ -97,11 +97,20 @@ class Sad:
         """Return the SAs that may share the flows of one transform, in the order in which they became usable.
 
         Arguments as for :meth:`outbound`.  The MATURE ones; the DYING ones only when there is no other.
+        :data:`MAX_SHARERS` at most: each costs time when a flow is new.
         """
-        fitting = [sa for sa in self._outbound.get((protocol, src, dst, reqid), {}).values()
-                   if not (mode and sa.mode and sa.mode != mode)]
-        mature = [sa for sa in fitting if sa.state is SaState.MATURE]
-        return (mature or fitting)[:MAX_SHARERS]
+        mature: list[SecurityAssociation] = []
+        dying: list[SecurityAssociation] = []
+        for sa in self._outbound.get((protocol, src, dst, reqid), {}).values():
+            if mode and sa.mode and sa.mode != mode:
+                continue
+            if sa.state is not SaState.MATURE:
+                dying.append(sa)
+            elif len(mature) < MAX_SHARERS:
+                mature.append(sa)
+            else:
+                break
+        return mature or dying[:MAX_SHARERS]
 
     # -- what key management asks ----------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Every command block of README, guide and the page of interfaces does what the text says."""
+"""Every command block of README, guide and the pages of interfaces and parallel SAs does what the text says."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from guide import MountPoints, Theatre, sections
 from ipsecq.lab.netns import Lab
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"README": ROOT / "README.md", "guide": ROOT / "docs/guide.md", "interfaces": ROOT / "docs/interfaces.md"}
+PAGES = {"README": ROOT / "README.md"} | {name: ROOT / f"docs/{name}.md" for name in ("guide", "interfaces", "parallel")}
 SECTIONS = [(page, section) for page, path in PAGES.items() for section in sections(path)]
 BEFORE = {section.title: section for page, section in SECTIONS if page == "guide"}
 PROLOGUE = "Before you begin"
@@ -17,7 +17,7 @@ PROLOGUE = "Before you begin"
 UP = ("Changing keys", "Filtering what is inside", "Watching")
 """Sections that say: a tunnel as in "Site to site" is up."""
 PLAYED = [(page, section) for page, section in SECTIONS if any("norun" not in each.attributes for each in section.blocks)]
-NOT_RUN = {"install": 4, "systemd": 9}
+NOT_RUN = {"install": 4, "systemd": 10}
 """Blocks that only a machine with systemd can run, or that install software."""
 
 

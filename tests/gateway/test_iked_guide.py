@@ -1,12 +1,14 @@
 """docs/iked.md, block by block: what it tells to write is written, what it tells to run is run."""
 
 import re
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from ipsecq.lab import iked
+from ipsecq.lab.capture import Capture, in_clear
 from ipsecq.lab.gateway import Gateway
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build, firewall
@@ -23,7 +25,7 @@ def block(title, after=""):
     lines = text[text.index(f"    # {title}\n") :].splitlines()[1:]
     found = []
     for line in lines:
-        if (line and not line.startswith("    ")) or line.startswith("    # /etc/iked.conf"):
+        if (line and not line.startswith("    ")) or line.startswith(("    # /etc/iked.conf", "    # setkey.conf")):
             break
         found.append(line[4:])
     return "\n".join(found).rstrip() + "\n"
@@ -101,3 +103,40 @@ def test_road_warrior_with_certificates_behind_nat(world, tmp_path):
     )[1]  # fmt: skip
     assert ping(network.one.gateway, network.two.host4, source=address, wait=5) == 3
     assert all(sa["natt"] for gateway in gateways for sa in iked.sas(gateway))
+
+
+def test_two_blocks_for_the_same_networks_share_their_flows_and_neither_end_falls_back_to_clear():
+    section = "## Several SAs for the same networks"
+    with Lab() as lab:
+        network = build(lab, router=True)
+        one, two = network.sites
+        gateways = [
+            Gateway(
+                site.gateway, block(f"setkey.conf on gw{site.number}", section), daemon="parallel_sas = true",
+                settings="\n" + block("ipsecq.toml"),
+            ).start()
+            for site in network.sites
+        ]  # fmt: skip
+        daemons = [
+            iked.Iked(gateways[site.number - 1], block(f"/etc/iked.conf on gw{site.number}", section)).start()
+            for site in (two, one)
+        ]
+        wait_for(lambda: all(len(iked.sas(gateway)) == 4 for gateway in gateways), "two SAs each way at both ends", 20)
+        wait_for(lambda: ping(one.host, two.host4, count=1) == 1, "the rules at both ends", 10)
+        for port in range(24):
+            with one.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.bind((one.host4, 20000 + port))
+                sender.sendto(b"a flow of its own", (two.host4, 9))
+        for gateway in gateways:
+            wait_for(
+                lambda gateway=gateway: all(sa["packets"] for sa in iked.sas(gateway) if sa["src"] == one.wan4),
+                "a share of the flows for each SA", 5,
+            )  # fmt: skip
+        with Capture(network.router, "left") as wire:
+            daemons[1].ctl("reset", "id", "FQDN/gw2b")
+            daemons[1].ctl("reset", "id", "FQDN/gw2a")
+            wait_for(lambda: all(gateway.status()["policy_count"] == 2 for gateway in gateways), "no policy of iked's", 10)
+            assert ping(one.host, two.host4, count=2, wait=0.2) == 0
+            assert ping(two.host, one.host4, count=2, wait=0.2) == 0
+            wire.settle()
+        assert in_clear(wire.frames(), one.lan4, two.lan4) == []

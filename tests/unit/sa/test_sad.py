@@ -117,6 +117,12 @@ def test_preferred_oldsa_chooses_between_the_old_and_the_new():
     assert sad.outbound(Protocol.ESP, Mode.TUNNEL, A, B, oldest=False).spi == 0x100
 
 
+@pytest.mark.parametrize("state", [SaState.MATURE, SaState.DYING])
+def test_the_oldest_64_share_at_most(state):
+    sad = Sad([sa(0x100 + n, state=state) for n in range(70)])
+    assert [x.spi for x in sad.sharers(Protocol.ESP, Mode.ANY, A, B)] == list(range(0x100, 0x100 + 64))
+
+
 def test_a_larval_sa_becomes_usable_by_update_and_then_counts_as_the_newest():
     sad = Sad([sa(0x100, state=SaState.LARVAL), sa(0x101)])
     assert sad.inbound((B, 50, 0x100)) is None
