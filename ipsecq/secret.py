@@ -8,6 +8,7 @@ that need the octets (the cipher registry, ``setkey -D``, PF_KEY replies) ask fo
 from __future__ import annotations
 
 import hmac
+from typing import Final
 
 
 class Key:
@@ -39,3 +40,7 @@ class Key:
         return f"<Key of {self.bits} bits>"
 
     __str__ = __repr__
+
+
+NO_KEY: Final = Key(b"")
+"""Of algorithms that have none."""

@@ -16,12 +16,14 @@ import os
 import pickle
 import socket
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ipsecq.daemon.options import LogConfig
 from ipsecq.datapath.udp import UdpSocket
 from ipsecq.errors import DaemonError
+from ipsecq.policy.model import Policy
+from ipsecq.sa.association import SecurityAssociation
 
 Operation = tuple[Any, ...]
 Frame = tuple[int, list[Operation]]
@@ -127,7 +129,19 @@ class FrameReader:
                 return
             frame: Frame = pickle.loads(memoryview(buffer)[_LENGTH : _LENGTH + length])  # noqa: S301  # our supervisor
             del buffer[: _LENGTH + length]
-            yield frame
+            yield frame[0], [_unlabelled(operation) for operation in frame[1]]
+
+
+def _unlabelled(operation: Operation) -> Operation:
+    """Where an SA or a policy came from is for people, who ask the supervisor: a tenth of what a worker would keep."""
+    match operation:
+        case "sa_put", SecurityAssociation() as sa:
+            sa.label = ""
+        case "spd_put" as name, Policy() as policy:
+            return name, replace(policy, label="")
+        case "spd_replace" as name, list(policies):
+            return name, [replace(policy, label="") for policy in policies]
+    return operation
 
 
 def encode_line(kind: str, **values: object) -> bytes:

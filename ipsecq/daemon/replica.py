@@ -18,7 +18,7 @@ Operations, by name (first item of the tuple) and arguments:
     routes_changed
     interfaces (INTERFACE, …)      the route-based tunnels; their devices are there
     acquire_failed PROTOCOL SRC DST REQID   packets that wait for such an SA need not wait longer
-    tap_attach NUMBER REQUEST      a capture begins (:class:`ipsecq.daemon.tap.TapRequest`), and
+    tap_attach NUMBER REQUEST      a capture begins (:class:`ipsecq.daemon.taprequest.TapRequest`), and
     tap_detach NUMBER              ends
     mirror BOOL                    outbound packets are to be seen on the enc device
     until_mark N               what follows, up to ``mark N``, is in these tables already: pass over it

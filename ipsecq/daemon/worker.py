@@ -8,6 +8,8 @@ else.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -26,7 +28,7 @@ from ipsecq.daemon.log import LOGGER, configure
 from ipsecq.daemon.messages import Frame, FrameReader, WorkerSetup, encode_line, take_descriptor
 from ipsecq.daemon.replica import Replica
 from ipsecq.daemon.table import CounterPages, SharedTable
-from ipsecq.daemon.tap import MIRROR
+from ipsecq.daemon.taprequest import MIRROR
 from ipsecq.datapath.droplog import DropLog
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.loop import WorkerLoop
@@ -217,6 +219,7 @@ class Worker:
         # What lives now lives on: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        give_back()
         self._reports.send("ready")
         # A change that came right behind the first state has been read already: no descriptor would tell of it.
         self._control()
@@ -259,6 +262,12 @@ class Worker:
         if generation:
             self._reports.send("ack", generation=generation)
         return useful
+
+
+def give_back() -> None:
+    """Let the kernel have what the first state took only while it was read (glibc's ``malloc_trim``)."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bind(number: int, *, gso: bool = False, room: Queue | None = None) -> Queue:

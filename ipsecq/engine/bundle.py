@@ -18,9 +18,9 @@ _BUNDLED: Final = int(Counter.OUT_BUNDLESA)
 
 
 class Bundle:
-    """The steps for one flow, innermost first, and what they do to a packet's size."""
+    """The steps for one flow, or for several, innermost first, and what they do to a packet's size."""
 
-    __slots__ = ("_counters", "_largest", "dst", "first", "single", "steps", "tunnels", "view")
+    __slots__ = ("_counters", "_largest", "_view", "dst", "first", "single", "steps", "tunnels")
 
     def __init__(self, steps: tuple[OutboundStep, ...], dst: bytes, counters: memoryview) -> None:
         self.steps = steps
@@ -30,20 +30,21 @@ class Bundle:
         """The finished datagram has a header of our making."""
         self.dst = dst
         """Where the finished datagram goes: the outermost tunnel's far end, or the packet's own destination."""
-        self.view = PacketView()
-        self._largest: dict[tuple[int, int], int] = {}
+        self._view: PacketView | None = None if self.single else PacketView()
+        self._largest: dict[tuple[int, int], int] | None = None
         self._counters = counters
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """The finished datagram, or the Counter of the drop.  ``view`` has loaded ``packet``."""
         result = self.first.apply(packet, view, now, emit)
-        if self.single:
+        between = self._view
+        if between is None:
             return result
         for step in self.steps[1:]:
             if isinstance(result, int):
                 return result
-            self.view.load(result)
-            result = step.apply(result, self.view, now, emit)
+            between.load(result)
+            result = step.apply(result, between, now, emit)
         if not isinstance(result, int):
             self._counters[_BUNDLED] += 1
         return result
@@ -82,6 +83,8 @@ class Bundle:
 
     def largest(self, mtu: int, header: int) -> int:
         """The largest packet whose finished datagram fits ``mtu``: the tunnel's MTU for this flow.  May be below 68."""
+        if self._largest is None:
+            self._largest = {}
         found = self._largest.get((mtu, header))
         if found is None:
             low, high = header, mtu

@@ -85,6 +85,8 @@ class Outbound:
         self._interface: Interface | None = None
         self._caches: dict[Interface | None, dict[Flow, Bundle | int]] = {None: self._flows}
         self._steps: dict[tuple[SaKey, bool], OutboundStep] = {}
+        self._bundles: dict[OutboundStep, Bundle] = {}
+        """The newest one with this innermost step."""
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
         self._told: dict[tuple[bytes, bytes], float] = {}
@@ -111,6 +113,7 @@ class Outbound:
     def _clear_flows(self) -> None:
         for flows in self._caches.values():
             flows.clear()
+        self._bundles.clear()
         self._shown.clear()
 
     def process(self, packet: Buffer, now: float, emit: Emissions, mark: int = 0) -> int:
@@ -272,7 +275,14 @@ class Outbound:
             steps.append(step)
             if tunnel:
                 src, dst = near, far
-        return (Bundle(tuple(steps), dst, self._counters) if steps else _PASS), wanted
+        return (self._bundle_of(tuple(steps), dst) if steps else _PASS), wanted
+
+    def _bundle_of(self, steps: tuple[OutboundStep, ...], dst: bytes) -> Bundle:
+        """One bundle for all flows that take the same way one after the other: many flows, little memory."""
+        bundle = self._bundles.get(steps[0])
+        if bundle is None or bundle.dst != dst or bundle.steps != steps:
+            bundle = self._bundles[steps[0]] = Bundle(steps, dst, self._counters)
+        return bundle
 
     @staticmethod
     def _wanted(policy: Policy, transform: Transform, near: bytes, far: bytes) -> Acquire:

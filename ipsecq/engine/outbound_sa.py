@@ -6,6 +6,7 @@ Each step takes the datagram that the step before it made and returns the next o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from struct import Struct
 from typing import Final, Protocol
 
@@ -81,8 +82,7 @@ def outer_header(sa: SecurityAssociation, protocol: int, tables: Tables) -> Oute
 def sequence_of(sa: SecurityAssociation, tables: Tables) -> OutboundSequence:
     """The SA's sequence numbers, leased a block at a time."""
     limit = LIMIT_64 if sa.esn else LIMIT_32
-    lease, slot = tables.lease, sa.slot
-    return OutboundSequence(lambda: lease(slot, limit), limit)
+    return OutboundSequence(partial(tables.lease, sa.slot, limit), limit)
 
 
 class EspStep:

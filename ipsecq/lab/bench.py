@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import re
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any, Final
 
 from ipsecq.lab import bench_report
 from ipsecq.lab.bench_report import Samples, table
-from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
+from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.paths import Path as Way
 from ipsecq.lab.paths import all_paths
+from ipsecq.lab.sink import Sink
 from ipsecq.lab.topology import Network
 
 UDP_OCTETS: Final = 64
@@ -65,9 +65,7 @@ def udp_run(network: Network, seconds: float, rate: float = 0.0) -> tuple[float,
 
     ``rate``: datagrams a second that are offered; 0: as many as one process can send.
     """
-    with network.two.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
-        sink.bind((network.two.host4, UDP_PORT))
-        before = arrived(network.two.host)
+    with Sink(network.two.host, network.two.host4, UDP_PORT) as sink:
         started = time.monotonic()
         done = network.one.host.run(
             sys.executable, "-m", "ipsecq.lab.blast", network.two.host4, str(UDP_PORT), str(seconds), str(UDP_OCTETS),
@@ -75,24 +73,16 @@ def udp_run(network: Network, seconds: float, rate: float = 0.0) -> tuple[float,
         )  # fmt: skip
         sent = int(done.stdout)
         # Datagrams still in queues arrive late; the time that they take counts.
-        count, elapsed = arrived(network.two.host), time.monotonic() - started
-        while (more := _arrived_after(network.two.host, 0.2)) - count > sent * 0.001:
+        count, elapsed = sink.arrived(), time.monotonic() - started
+        while (more := _arrived_after(sink, 0.2)) - count > sent * 0.001:
             count, elapsed = more, time.monotonic() - started
-    lost = 1 - (count - before) / sent if sent else 0.0
-    return (count - before) / max(seconds, elapsed - 0.1) / 1e3, sent / seconds / 1e3, max(lost, 0.0)
+    lost = 1 - more / sent if sent else 0.0
+    return more / max(seconds, elapsed - 0.1) / 1e3, sent / seconds / 1e3, max(lost, 0.0)
 
 
-def arrived(space: Namespace) -> int:
-    """UDP datagrams that reached a socket of this namespace, read or not."""
-    lines = [line.split() for line in space.run("cat", "/proc/net/snmp").stdout.splitlines() if line.startswith("Udp:")]
-    counters = dict(zip(lines[0], lines[1], strict=True))
-    # A socket that nobody reads queues datagrams until its buffer is full, then each one is a RcvbufError.
-    return int(counters["InDatagrams"]) + int(counters["RcvbufErrors"])
-
-
-def _arrived_after(space: Namespace, seconds: float) -> int:
+def _arrived_after(sink: Sink, seconds: float) -> int:
     time.sleep(seconds)
-    return arrived(space)
+    return sink.arrived()
 
 
 def measure(path: Way, seconds: float, samples: Samples) -> None:

@@ -18,12 +18,13 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from ipsecq.lab.bench import UDP_OCTETS, UDP_PORT, arrived
+from ipsecq.lab.bench import UDP_OCTETS, UDP_PORT
 from ipsecq.lab.capture import Capture
 from ipsecq.lab.gateway import AES_GCM, Gateway
 from ipsecq.lab.load import Datagrams
 from ipsecq.lab.netns import Lab, LabError, wait_for
 from ipsecq.lab.rejects import measure
+from ipsecq.lab.sink import Sink
 from ipsecq.lab.topology import Network, Site, address, build
 from ipsecq.lab.traffic import ping
 from ipsecq.netfilter.steering import queue_of
@@ -194,15 +195,13 @@ class Overload:
         datagram = struct.pack("!HHHH", 40000, UDP_PORT, 8 + UDP_OCTETS, 0) + bytes(UDP_OCTETS)
         packet = complete(ipv4.header(here, there, 17, len(datagram)) + datagram)
         frame = bytes.fromhex(mac) + bytes([2, 0, 0, 0, 0, 1]) + b"\x08\x00" + packet
-        with two.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink:
-            sink.bind((two.host4, UDP_PORT))
-            before = arrived(two.host)
+        with Sink(two.host, two.host4, UDP_PORT) as sink:
             seconds = self.report.seconds
             argv = (sys.executable, "-m", "ipsecq.lab.forge", "eth0", str(seconds), frame.hex())
             with ThreadPoolExecutor(self._senders) as pool:
                 done = list(pool.map(lambda _: one.host.run(*argv, timeout=seconds + 30), range(self._senders)))
             sent = sum(int(each.stdout) for each in done)
-            return (arrived(two.host) - before) / seconds / 1e3, sent / seconds / 1e3
+            return sink.arrived() / seconds / 1e3, sent / seconds / 1e3
 
     def _forge(self) -> None:
         """Packets under the SPI of the flooded SA, ahead of its window, with a wrong ICV: each costs an authentication."""

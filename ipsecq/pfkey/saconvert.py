@@ -24,11 +24,10 @@ from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, NatPort, NatType, Number, Sa, Sa2
 from ipsecq.pfkey.messages import Message
 from ipsecq.sa.association import Lifetime, NatTraversal, SaKey, SecurityAssociation
-from ipsecq.secret import Key
+from ipsecq.secret import NO_KEY
 
 PROTOCOL_OF: Final = {SaType.AH: Protocol.AH, SaType.ESP: Protocol.ESP, SaType.IPCOMP: Protocol.IPCOMP}
 SATYPE_OF: Final = {protocol: satype for satype, protocol in PROTOCOL_OF.items()}
-_NO_KEY: Final = Key(b"")
 
 
 def protocol_of(satype: int) -> Protocol | None:
@@ -86,13 +85,13 @@ def to_association(message: Message, dialect: Dialect, now: float, allow_legacy:
         raise PfkeyError("hard and soft lifetime go together: send both or none")
     _check_spi(protocol, ext.spi)
     encryption, authentication, compression = _names(protocol, ext, dialect)
-    encryption_key = message.key_encrypt.key if message.key_encrypt else _NO_KEY
-    authentication_key = message.key_auth.key if message.key_auth else _NO_KEY
+    encryption_key = message.key_encrypt.key if message.key_encrypt else NO_KEY
+    authentication_key = message.key_auth.key if message.key_auth else NO_KEY
     if protocol is Protocol.IPCOMP:
         # Daemons send empty keys along; there is nothing to do with them.
-        encryption_key = authentication_key = _NO_KEY
+        encryption_key = authentication_key = NO_KEY
     elif authentication is None and ext.auth:
-        authentication_key = _NO_KEY
+        authentication_key = NO_KEY
     try:
         check_combination(protocol, encryption, encryption_key, authentication, authentication_key, allow_legacy)
     except AlgorithmError as error:

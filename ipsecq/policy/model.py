@@ -26,6 +26,12 @@ class Selector:
     dport_first: int = 0
     dport_last: int = 65535
 
+    def __reduce__(self) -> tuple[type[Selector], tuple[object, ...]]:
+        """For pickle, which knows no number twice: what is left out is the one default, not a copy in each selector."""
+        ends = (self.src_first, self.src_last, self.dst_first, self.dst_last)
+        ports = (self.sport_first, self.sport_last, self.dport_first, self.dport_last)
+        return Selector, (*ends, self.protocol, *ports) if self.has_ports else (*ends, self.protocol)
+
     @property
     def family(self) -> int:
         """4 or 6."""

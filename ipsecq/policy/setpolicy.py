@@ -21,6 +21,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeVar
 
 from ipsecq.errors import PolicySyntaxError
@@ -99,6 +100,12 @@ def priority_to_wire(priority: int) -> int:
 def priority_from_wire(value: int) -> int:
     """Return :attr:`Policy.priority` of a ``sadb_x_policy_priority``; 0 on the wire is the default."""
     return value - _WIRE_DEFAULT if value else 0
+
+
+@lru_cache(1024)
+def _packed(text: str) -> bytes:
+    """One object for the ends of neighbouring policies.  ValueError."""
+    return ipaddress.ip_address(text).packed
 
 
 class _Parser:
@@ -223,7 +230,7 @@ class _Parser:
 
     def address(self) -> bytes:
         try:
-            packed = ipaddress.ip_address(self.word).packed
+            packed = _packed(self.word)
         except ValueError:
             raise self.fail("an IPv4 or IPv6 address (names are not resolved)") from None
         if "%" in self.word:

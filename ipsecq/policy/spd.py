@@ -24,7 +24,6 @@ AUTOMATIC_REQID: Final = 0x4000
 _Shape = tuple[int, int, bool, bool, bool]
 # rank (priority << 64 | order of insertion), policy, "the bucket's key says it all: no comparison needed"
 _Entry = tuple[int, Policy, bool]
-_Identity = tuple[Direction, Selector]
 
 
 class _Group:
@@ -35,7 +34,8 @@ class _Group:
     def __init__(self, shape: _Shape) -> None:
         self.shape = shape
         self.named = shape[2] or shape[3] or shape[4]
-        self.buckets: dict[tuple[int, ...], list[_Entry]] = {}
+        self.buckets: dict[tuple[int, ...], _Entry | list[_Entry]] = {}
+        """The best one first.  One alone, as most are, stands for itself: 100,000 lists take 10 MB."""
         self.count = 0
         self.floor = 1 << 128
         """No policy of the group ranks before this; it may lag behind (lower) after deletions."""
@@ -85,7 +85,7 @@ class _Table:
                 bucket = group.buckets.get((s >> src_shift, d >> dst_shift))
             if bucket is None:
                 continue
-            for rank, policy, exact in bucket:
+            for rank, policy, exact in bucket if isinstance(bucket, list) else (bucket,):
                 if rank >= best_rank:
                     break
                 if exact or matches(policy.selector, src, dst, protocol, sport, dport, fragment):
@@ -93,7 +93,7 @@ class _Table:
                     break
         return best
 
-    def add(self, rank: int, policy: Policy) -> None:
+    def add(self, rank: int, policy: Policy) -> _Entry:
         shape, key, exact = self._place(policy.selector)
         group = self.by_shape.get(shape)
         if group is None:
@@ -102,20 +102,25 @@ class _Table:
         entry = (rank, policy, exact)
         bucket = group.buckets.get(key)
         if bucket is None:
-            group.buckets[key] = [entry]
-        else:
+            group.buckets[key] = entry
+        elif isinstance(bucket, list):
             insort(bucket, entry, key=_rank)
+        else:
+            group.buckets[key] = sorted((bucket, entry), key=_rank)
         group.count += 1
         if rank < group.floor:
             group.floor = rank
             self.groups.sort(key=_floor)
+        return entry
 
     def remove(self, rank: int, policy: Policy) -> None:
         shape, key, _ = self._place(policy.selector)
         group = self.by_shape[shape]
         bucket = group.buckets[key]
-        bucket[:] = [entry for entry in bucket if entry[0] != rank]
-        if not bucket:
+        if isinstance(bucket, list):
+            left = [entry for entry in bucket if entry[0] != rank]
+            group.buckets[key] = left if len(left) > 1 else left[0]
+        else:
             del group.buckets[key]
         group.count -= 1
         if not group.count:
@@ -127,7 +132,9 @@ class _Table:
             group.stale += 1
             if group.stale * 4 >= group.count:
                 group.stale = 0
-                group.floor = min(bucket[0][0] for bucket in group.buckets.values())
+                group.floor = min(
+                    bucket[0][0] if isinstance(bucket, list) else bucket[0] for bucket in group.buckets.values()
+                )
                 self.groups.sort(key=_floor)
 
     def _place(self, selector: Selector) -> tuple[_Shape, tuple[int, ...], bool]:
@@ -167,7 +174,7 @@ class Spd:
     """
 
     __slots__ = (
-        "_by_id", "_by_identity", "_next_id", "_next_order", "_next_reqid", "_tables", "generation", "inbound_sockets",
+        "_by_id", "_by_selector", "_next_id", "_next_order", "_next_reqid", "_tables", "generation", "inbound_sockets",
         "sockets",
     )  # fmt: skip
 
@@ -185,8 +192,8 @@ class Spd:
             self.add(policy)
 
     def _clear(self) -> None:
-        self._by_id: dict[int, tuple[int, Policy]] = {}
-        self._by_identity: dict[_Identity, int] = {}
+        self._by_id: dict[int, _Entry] = {}
+        self._by_selector: dict[Direction, dict[Selector, int]] = {direction: {} for direction in Direction}
         # Indexed by direction * 2 + (1 for IPv6): a list access in place of hashing an enumeration.
         self._tables = [_Table(128 if index & 1 else 32) for index in range(6)]
 
@@ -256,7 +263,7 @@ class Spd:
 
     def find(self, direction: int, selector: Selector) -> Policy | None:
         """Return the policy with exactly this direction and selector, or None."""
-        policy_id = self._by_identity.get((Direction(direction), selector))
+        policy_id = self._by_selector[Direction(direction)].get(selector)
         return None if policy_id is None else self._by_id[policy_id][1]
 
     def add(self, policy: Policy) -> Policy:
@@ -266,8 +273,7 @@ class Spd:
         EINVAL when the policy makes no sense.
         """
         check(policy)
-        identity = (policy.direction, policy.selector)
-        if identity in self._by_identity:
+        if policy.selector in self._by_selector[policy.direction]:
             raise SpdError("a policy with this direction and selector exists: use spdupdate", errno.EEXIST)
         self._next_order += 1
         return self._insert(policy, self._next_order)
@@ -278,10 +284,10 @@ class Spd:
         The id stays; so does the place among policies of equal priority, when the priority does.
         """
         check(policy)
-        policy_id = self._by_identity.get((policy.direction, policy.selector))
+        policy_id = self._by_selector[policy.direction].get(policy.selector)
         if policy_id is None:
             return self.add(policy)
-        rank, old = self._by_id[policy_id]
+        rank, old, _ = self._by_id[policy_id]
         order = rank & 0xFFFFFFFFFFFFFFFF
         if old.priority != policy.priority:
             self._next_order += 1
@@ -313,12 +319,13 @@ class Spd:
     def dump(self) -> list[Policy]:
         """Return the policies in the order in which they are looked at: inbound, outbound; by priority, then age."""
         entries = sorted(self._by_id.values(), key=lambda entry: (entry[1].direction, entry[0]))
-        return [policy for _, policy in entries]
+        return [policy for _, policy, _ in entries]
 
     def expired(self, now: float) -> list[Policy]:
         """Remove and return the policies whose lifetime is over at ``now`` (Unix seconds)."""
         gone = [
-            policy for _, policy in self._by_id.values() if policy.lifetime and now - policy.created >= policy.lifetime
+            policy for _, policy, _ in self._by_id.values()
+            if policy.lifetime and now - policy.created >= policy.lifetime
         ]
         for policy in gone:
             self._remove(policy)
@@ -334,14 +341,14 @@ class Spd:
         for policy in policies:
             kept = self.find(policy.direction, policy.selector) if not policy.id else None
             fresh.add(replace(policy, id=kept.id) if kept is not None else policy)
-        self._by_id, self._by_identity, self._tables = fresh._by_id, fresh._by_identity, fresh._tables
+        self._by_id, self._by_selector, self._tables = fresh._by_id, fresh._by_selector, fresh._tables
         self._next_id, self._next_order, self._next_reqid = fresh._next_id, fresh._next_order, fresh._next_reqid
         self.generation += 1
 
     def copy(self) -> Spd:
         """Return an SPD with the same policies, ids and order, for changes made as a whole or not at all."""
         other = Spd()
-        for rank, policy in sorted(self._by_id.values(), key=_rank):
+        for rank, policy, _ in sorted(self._by_id.values(), key=_rank):
             other._insert(policy, rank & 0xFFFFFFFFFFFFFFFF)
         other._next_id, other._next_order, other._next_reqid = self._next_id, self._next_order, self._next_reqid
         other.generation = self.generation
@@ -360,9 +367,9 @@ class Spd:
             policy = replace(policy, **changes)  # type: ignore[arg-type]
         self._next_id = max(self._next_id, policy.id + 1)
         rank = policy.priority << 64 | order
-        self._by_id[policy.id] = (rank, policy)
-        self._by_identity[policy.direction, policy.selector] = policy.id
-        self._tables[policy.direction * 2 + (policy.selector.family == 6)].add(rank, policy)
+        self._by_selector[policy.direction][policy.selector] = policy.id
+        table = self._tables[policy.direction * 2 + (policy.selector.family == 6)]
+        self._by_id[policy.id] = table.add(rank, policy)
         self.generation += 1
         return policy
 
@@ -374,8 +381,8 @@ class Spd:
         return replace(transform, reqid=reqid)
 
     def _remove(self, policy: Policy) -> None:
-        rank, stored = self._by_id.pop(policy.id)
-        del self._by_identity[stored.direction, stored.selector]
+        rank, stored, _ = self._by_id.pop(policy.id)
+        del self._by_selector[stored.direction][stored.selector]
         self._tables[stored.direction * 2 + (stored.selector.family == 6)].remove(rank, stored)
         self.generation += 1
 

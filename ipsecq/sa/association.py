@@ -7,12 +7,12 @@ that workers, supervisor and the state file share.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, NamedTuple
 
 from ipsecq.numbers import Mode, Protocol, SaState
-from ipsecq.secret import Key
+from ipsecq.secret import NO_KEY, Key
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,9 +58,9 @@ class SecurityAssociation:
     mode: Mode = Mode.ANY
     reqid: int = 0
     encryption: str | None = None
-    encryption_key: Key = field(default_factory=lambda: Key(b""))
+    encryption_key: Key = NO_KEY
     authentication: str | None = None
-    authentication_key: Key = field(default_factory=lambda: Key(b""))
+    authentication_key: Key = NO_KEY
     compression: str | None = None
     replay_window: int = 0
     """Size in packets (bits); 0 turns the check off."""

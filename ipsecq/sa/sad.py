@@ -6,7 +6,7 @@ RFC 4301 section 4.4.2 describes the database, RFC 2367 the operations and their
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Reversible
 from typing import Final
 
 from ipsecq.errors import SadError
@@ -36,8 +36,8 @@ class Sad:
         self.generation = 0
         self._by_key: dict[SaKey, SecurityAssociation] = {}
         # (protocol, src, dst, reqid) -> SAs in the order in which they became usable; each is entered under
-        # reqid 0 as well, where policies without a reqid look.
-        self._outbound: dict[_OutboundKey, _Bucket] = {}
+        # reqid 0 as well, where policies without a reqid look.  One SA stands for itself: a dictionary of one is 250 octets.
+        self._outbound: dict[_OutboundKey, _Bucket | SecurityAssociation] = {}
         self._by_cpi: dict[tuple[bytes, str], _Bucket] = {}
         for sa in associations:
             self.add(sa)
@@ -81,7 +81,7 @@ class Sad:
         if bucket is None:
             return None
         dying = None
-        for sa in bucket.values() if oldest else reversed(bucket.values()):
+        for sa in _members(bucket) if oldest else reversed(_members(bucket)):
             if mode and sa.mode and sa.mode != mode:
                 continue
             state = sa.state
@@ -140,12 +140,9 @@ class Sad:
         old = self.get(sa.dst, sa.protocol, sa.spi)
         self._by_key[key] = sa
         same_place = _usable(old) and _usable(sa) and _outbound_key(old) == _outbound_key(sa)
-        if same_place and old.compression == sa.compression:
-            for bucket in self._buckets(sa):
-                bucket[key] = sa
-        else:
+        if not same_place or old.compression != sa.compression:
             self._unindex(key, old)
-            self._index(key, sa)
+        self._index(key, sa)
         self.generation += 1
         return old
 
@@ -197,7 +194,7 @@ class Sad:
 
     def in_order(self) -> list[SecurityAssociation]:
         """Return every SA, those that may send in the order in which they became usable: a copy is built in it."""
-        usable = [sa for key, bucket in self._outbound.items() if not key[3] for sa in bucket.values()]
+        usable = [sa for key, bucket in self._outbound.items() if not key[3] for sa in _members(bucket)]
         return usable + [sa for sa in self._by_key.values() if not _usable(sa)]
 
     def expired_larval(self, now: float, lifetime: float) -> list[SecurityAssociation]:
@@ -223,39 +220,44 @@ class Sad:
         """Return a SAD with the same SAs, for changes that are to be made as a whole or not at all."""
         other = Sad()
         other._by_key = dict(self._by_key)
-        other._outbound = {key: dict(bucket) for key, bucket in self._outbound.items()}
+        other._outbound = {
+            key: dict(bucket) if isinstance(bucket, dict) else bucket for key, bucket in self._outbound.items()
+        }
         other._by_cpi = {key: dict(bucket) for key, bucket in self._by_cpi.items()}
         other.generation = self.generation
         return other
 
     # -- indexes ---------------------------------------------------------------------------------------
 
-    def _buckets(self, sa: SecurityAssociation) -> Iterator[_Bucket]:
-        protocol, src, dst, reqid = _outbound_key(sa)
-        yield self._outbound.setdefault((protocol, src, dst, 0), {})
-        if reqid:
-            yield self._outbound.setdefault((protocol, src, dst, reqid), {})
-        if sa.protocol == Protocol.IPCOMP and sa.compression:
-            yield self._by_cpi.setdefault((sa.dst, sa.compression), {})
-
     def _index(self, key: SaKey, sa: SecurityAssociation) -> None:
-        if _usable(sa):
-            for bucket in self._buckets(sa):
+        """Enter a usable SA behind the others, or where it is already."""
+        if not _usable(sa):
+            return
+        for outbound_key in _outbound_keys(sa):
+            bucket = self._outbound.get(outbound_key)
+            if isinstance(bucket, dict):
                 bucket[key] = sa
+            elif bucket is None or bucket.key == key:
+                self._outbound[outbound_key] = sa
+            else:
+                self._outbound[outbound_key] = {bucket.key: bucket, key: sa}
+        if sa.protocol == Protocol.IPCOMP and sa.compression:
+            self._by_cpi.setdefault((sa.dst, sa.compression), {})[key] = sa
 
     def _unindex(self, key: SaKey, sa: SecurityAssociation) -> None:
-        protocol, src, dst, reqid = _outbound_key(sa)
-        for outbound_key in {(protocol, src, dst, 0), (protocol, src, dst, reqid)}:
+        for outbound_key in _outbound_keys(sa):
             bucket = self._outbound.get(outbound_key)
-            if bucket is not None:
+            if isinstance(bucket, dict):
                 bucket.pop(key, None)
                 if not bucket:
                     del self._outbound[outbound_key]
+            elif bucket is not None and bucket.key == key:
+                del self._outbound[outbound_key]
         if sa.protocol == Protocol.IPCOMP and sa.compression:
-            bucket = self._by_cpi.get((sa.dst, sa.compression))
-            if bucket is not None:
-                bucket.pop(key, None)
-                if not bucket:
+            by_cpi = self._by_cpi.get((sa.dst, sa.compression))
+            if by_cpi is not None:
+                by_cpi.pop(key, None)
+                if not by_cpi:
                     del self._by_cpi[sa.dst, sa.compression]
 
     def _remove(self, sa: SecurityAssociation) -> None:
@@ -276,8 +278,19 @@ def _first_usable(associations: Iterable[SecurityAssociation]) -> SecurityAssoci
     return None
 
 
+def _members(bucket: _Bucket | SecurityAssociation) -> Reversible[SecurityAssociation]:
+    """The SAs of a bucket, oldest first."""
+    return bucket.values() if isinstance(bucket, dict) else (bucket,)
+
+
 def _outbound_key(sa: SecurityAssociation) -> _OutboundKey:
     return (int(sa.protocol), sa.src, sa.dst, sa.reqid)
+
+
+def _outbound_keys(sa: SecurityAssociation) -> tuple[_OutboundKey, ...]:
+    """Where policies with the SA's reqid look, and those without any."""
+    protocol, src, dst, reqid = own = _outbound_key(sa)
+    return ((protocol, src, dst, 0), own) if reqid else (own,)
 
 
 def mode_matches(policy_mode: Mode, sa_mode: Mode) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from ipsecq.crypto import registry
@@ -10,7 +11,7 @@ from ipsecq.errors import AlgorithmError
 from ipsecq.numbers import NATT_PORT, Mode, Protocol
 from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
 from ipsecq.sa.replay import MAX_REPLAY_WINDOW
-from ipsecq.secret import Key
+from ipsecq.secret import NO_KEY, Key
 from ipsecq.setkey import commands as c
 from ipsecq.setkey.cursor import Cursor
 from ipsecq.setkey.lexer import Kind, Token
@@ -30,6 +31,12 @@ _LIFETIMES: Final = {
 }  # fmt: skip
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
+
+
+@lru_cache(1024)
+def _lifetime(**limits: int) -> Lifetime:
+    """One object for the SAs that have the same limits."""
+    return Lifetime(**limits)
 
 
 @dataclass(slots=True)
@@ -79,7 +86,7 @@ class SaRules(Cursor):
         sa.mode, sa.reqid, sa.flags = extensions.mode, extensions.reqid, sa.flags | extensions.flags
         sa.replay_window, sa.esn, sa.tfc_pad = extensions.replay_window, extensions.esn, extensions.tfc_pad
         sa.natt = extensions.natt()
-        sa.hard, sa.soft = Lifetime(**extensions.lifetimes["hard"]), Lifetime(**extensions.lifetimes["soft"])
+        sa.hard, sa.soft = _lifetime(**extensions.lifetimes["hard"]), _lifetime(**extensions.lifetimes["soft"])
         return [c.Add(sa, line=start.line, column=start.column)]
 
     def get(self, start: Token) -> list[c.Command]:
@@ -241,4 +248,4 @@ class SaRules(Cursor):
             return Key(bytes.fromhex(token.text if len(token.text) % 2 == 0 else "0" + token.text))
         if not optional:
             self.fail('a key ("in quotes" or 0x and hexadecimal digits)')
-        return Key(b"")
+        return NO_KEY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from functools import lru_cache
 from typing import Final
 
 from ipsecq.numbers import (
@@ -39,8 +40,12 @@ _UPPER_NAMES: Final = {number: name for name, number in UPPER_PROTOCOLS.items()}
 ICMP: Final = (IPPROTO_ICMP, IPPROTO_ICMPV6)
 
 
+@lru_cache(1024)
 def parse_address(text: str) -> bytes:
-    """Pack an address; ValueError, with the reason, for a name, a zone or nonsense."""
+    """Pack an address; ValueError, with the reason, for a name, a zone or nonsense.
+
+    The same address in neighbouring lines is one object, here and in the workers that get it pickled.
+    """
     if "%" in text:
         raise ValueError("an address without a zone")
     try:
@@ -54,6 +59,7 @@ def format_address(packed: bytes) -> str:
     return str(ipaddress.ip_address(packed))
 
 
+@lru_cache(1024)
 def prefix_range(address: bytes, length: int) -> tuple[bytes, bytes]:
     """Return the first and the last address of a prefix; host bits are cleared.  ValueError for a bad length."""
     bits = len(address) * 8

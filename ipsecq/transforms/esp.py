@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Final, NamedTuple
 
 from ipsecq.counters import Counter
@@ -49,6 +50,12 @@ class Group(NamedTuple):
     next_header: int
 
 
+@cache
+def _trailers(align: int) -> list[bytes]:
+    """Padding and pad length by (payload length mod alignment): only the next header is added per packet."""
+    return [_PAD[:pad] + bytes((pad,)) for pad in (-(length + 2) % align for length in range(align))]
+
+
 class EspTransform:
     """One SA's ESP.  ``spi`` is a host-order int, ``tfc_pad`` the octets to which payloads are filled up (0: off).
 
@@ -75,10 +82,7 @@ class EspTransform:
         self._seal = cipher.seal
         self._open = cipher.open
         self._open_run: OpenRun = getattr(cipher, "open_run", self._open_each)
-        # Padding and pad length by (payload length mod alignment): made once, only the next header is added per packet.
-        self._trailers = [
-            _PAD[:pad] + bytes((pad,)) for pad in (-(length + 2) % self._align for length in range(self._align))
-        ]
+        self._trailers = _trailers(self._align)
 
     MAX_TRAILER: Final = 18
     """Octets of padding, pad length and next header at most, with blocks of 16 octets."""

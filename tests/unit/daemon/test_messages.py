@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from ipsecq.daemon.messages import BATCH, MAX_LINE, FrameReader, LineReader, encode, encode_line, frames
 from ipsecq.errors import DaemonError
+from ipsecq.numbers import Action, Direction, Protocol
+from ipsecq.policy.model import Policy, Selector
+from ipsecq.sa.association import SecurityAssociation
 from ipsecq.secret import Key
 
 
@@ -31,6 +35,17 @@ def test_frames_arrive_whole_in_order_with_keys(pair):
             assert list(reader.read()) == []
     assert list(reader.read()) == [(3, [("sa_add", Key(b"k" * 16))]), (4, [("sysctl", "a", 1)])]
     assert not reader.closed
+
+
+def test_workers_do_not_keep_where_sas_and_policies_came_from(pair):
+    up, down = pair
+    sa = SecurityAssociation(Protocol.ESP, 0x1000, b"\x0a\0\0\1", b"\x0a\0\0\2", label="setkey.conf:1")
+    policy = Policy(Direction.OUT, Selector(*[bytes(4)] * 4), Action.NONE, label="setkey.conf:2")
+    up.send(encode(1, [("sa_put", sa), ("spd_put", policy), ("spd_replace", [policy])]))
+    (_, ((_, got), (_, put), (_, (whole,)))), = FrameReader(down).read()
+    assert (got, put, whole) == (replace(sa, label=""), *[replace(policy, label="")] * 2)
+    assert sa.label
+    assert policy.label
 
 
 def test_frames_behind_the_one_that_was_waited_for_are_there_at_the_next_read(pair):
