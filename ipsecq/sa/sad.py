@@ -101,7 +101,7 @@ class Sad:
         """
         mature: list[SecurityAssociation] = []
         dying: list[SecurityAssociation] = []
-        for sa in self._outbound.get((protocol, src, dst, reqid), {}).values():
+        for sa in _members(self._outbound.get((protocol, src, dst, reqid), {})):
             if mode and sa.mode and sa.mode != mode:
                 continue
             if sa.state is not SaState.MATURE:
