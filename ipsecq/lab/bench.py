@@ -3,6 +3,8 @@
 For each path, in a fresh network each time: the idle round trip (ping), one iperf3 TCP flow, and small UDP datagrams
 sent as fast as one process can, counted by the receiving host's kernel; then nine tenths of what came through, for the loss.
 Medians over the rounds, and ratios: numbers of one machine say little, ratios of one run say something.
+
+Two more tables: what many SAs and policies take in memory, and what a second worker adds where ciphers are the load.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from ipsecq.lab import bench_report
+from ipsecq.lab import bench_memory, bench_report, bench_workers
+from ipsecq.lab.bench_memory import Memory
 from ipsecq.lab.bench_report import Samples, table
+from ipsecq.lab.bench_workers import Scaling
 from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.paths import Path as Way
 from ipsecq.lab.paths import all_paths
@@ -28,6 +34,10 @@ from ipsecq.lab.topology import Network
 
 UDP_OCTETS: Final = 64
 UDP_PORT: Final = 5003
+MEMORY: Final = "memory"
+"""Rows that are no paths: :mod:`ipsecq.lab.bench_memory`,"""
+WORKERS: Final = "workers"
+""":mod:`ipsecq.lab.bench_workers`."""
 
 
 def round_trip(network: Network) -> float:
@@ -106,7 +116,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs of each path (default 3)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement (default 3)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="workers of each ipsecq gateway")
-    parser.add_argument("--only", default="", help="comma-separated beginnings of path names, e.g. plain,ipsecq")
+    parser.add_argument(
+        "--only", default="", help="comma-separated beginnings of path names, e.g. plain,ipsecq; memory, workers"
+    )
     parser.add_argument("--json", default="", metavar="FILE", help="write all samples here")
     parser.add_argument("--write", default="", metavar="FILE", help="write a page (and FILE's .svg), as docs/benchmarks.md")
     options = parser.parse_args()
@@ -128,22 +140,60 @@ def main() -> int:
             print(f"\rround {number + 1}: {path.name:30}", end="", file=sys.stderr, flush=True)
             measure(path, options.seconds, results[path.name])
     print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
-    print(table(results))
+    if results:
+        print(table(results))
+    failures: list[str] = []
+    memory = _memory(options.workers, failures) if MEMORY.startswith(wanted) else None
+    scalings = _scalings(options.rounds, options.seconds, failures) if WORKERS.startswith(wanted) else []
+    for failure in failures:
+        print(failure, file=sys.stderr)
     for name, samples in results.items():
         for failure in samples.failures:
             print(f"{name}: {failure}", file=sys.stderr)
     if options.json:
-        write(options.json, results)
+        write(options.json, results, memory, scalings)
     if options.write:
-        bench_report.write(Path(options.write), results, versions, rounds=options.rounds, seconds=options.seconds)
-    return 1 if any(samples.failures for samples in results.values()) else 0
+        bench_report.write(
+            Path(options.write), results, versions, rounds=options.rounds, seconds=options.seconds, memory=memory,
+            scalings=scalings,
+        )  # fmt: skip
+    return 1 if failures or any(samples.failures for samples in results.values()) else 0
 
 
-def write(name: str, results: dict[str, Samples]) -> None:
+def _memory(workers: int, failures: list[str]) -> Memory | None:
+    """The row ``memory``."""
+    try:
+        memory = bench_memory.measure(workers=workers)
+    except LabError as error:
+        failures.append(f"{MEMORY}: {error}")
+        return None
+    print(f"\n{memory.sas} SAs, {memory.policies} policies, {memory.received} of {memory.sent} datagrams arrived")
+    print(bench_report.memory_table(memory))
+    return memory
+
+
+def _scalings(rounds: int, seconds: float, failures: list[str]) -> list[Scaling]:
+    """The rows ``workers``."""
+    found = []
+    for suite in bench_workers.SUITES:
+        try:
+            found.append(bench_workers.measure(suite, rounds=rounds, seconds=seconds))
+        except LabError as error:
+            failures.append(f"{WORKERS}: {suite.name}: {error}")
+    print("\n" + bench_report.workers_table(found))
+    return found
+
+
+def write(name: str, results: dict[str, Samples], memory: Memory | None, scalings: Sequence[Scaling]) -> None:
     """All samples as JSON."""
-    document: dict[str, Any] = {path: vars(samples) for path, samples in results.items()}
+    document: dict[str, Any] = {
+        "kernel": platform.release(), "cores": os.cpu_count(),
+        "paths": {path: vars(samples) for path, samples in results.items()},
+        MEMORY: asdict(memory) if memory is not None else None,
+        WORKERS: [asdict(scaling) for scaling in scalings],
+    }  # fmt: skip
     with open(name, "w", encoding="utf-8") as file:
-        json.dump({"kernel": platform.release(), "cores": os.cpu_count(), "paths": document}, file, indent=2)
+        json.dump(document, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the processes of a gateway with many SAs and policies take: ``python -m ipsecq.lab.bench_memory`` (root).
+"""What the processes of a gateway with many SAs and policies take: ``make bench BENCH='--only memory'``.
 
 Two gateways with tunnels to as many peers as there are pairs of SAs, each with policies and keys of its own.  Datagrams
 go through every tunnel, both ways and in several flows, so that all that is made when an SA is first used is there.
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Final
 
 from ipsecq.lab.gateway import AES_GCM, Gateway
-from ipsecq.lab.netns import Lab
+from ipsecq.lab.netns import Lab, LabError
 from ipsecq.lab.sink import Sink
 from ipsecq.lab.topology import Network, Site, build
 
 SAS: Final = 10_000
 """In one gateway: half of them send.  It has as many policies."""
-FLOWS: Final = 4
+FLOWS: Final = 2
 """Flows of each tunnel and direction."""
+ENOUGH: Final = 0.98
 _BEHIND: Final = "10.64.0.0"
 _PEERS: Final = "100.64.0.0"
 _IP_PKTINFO: Final = 8
@@ -49,6 +50,8 @@ class Memory:
 
     sas: int
     policies: int
+    flows: int
+    """Through each tunnel and in each direction."""
     sent: int
     received: int
     processes: tuple[Usage, ...]
@@ -148,9 +151,11 @@ def measure(sas: int = SAS, workers: int = 2, flows: int = FLOWS) -> Memory:
         for gateway in crowd.gateways:
             gateway.start()
         sent, received = crowd.talk(flows)
+        if received < ENOUGH * sent:
+            raise LabError(f"only {received} of {sent} datagrams arrived: not every SA is in use")
         gateway = crowd.gateways[0]
         pids = [("daemon", gateway.pid), *((f"worker {n}", pid) for n, pid in enumerate(gateway.workers()))]
-        found = Memory(sas, sas, sent, received, tuple(usage(name, pid) for name, pid in pids))
+        found = Memory(sas, sas, flows, sent, received, tuple(usage(name, pid) for name, pid in pids))
         for gateway in crowd.gateways:
             gateway.stop()
     return found

@@ -11,6 +11,9 @@ from statistics import median
 from typing import Final
 from xml.sax.saxutils import escape
 
+from ipsecq.lab.bench_memory import Memory
+from ipsecq.lab.bench_workers import OCTETS, SAS, Scaling
+
 REFERENCE: Final = "ipsecq"
 
 
@@ -58,6 +61,26 @@ def table(results: Mapping[str, Samples]) -> str:
     return "\n".join(lines)
 
 
+def memory_table(memory: Memory) -> str:
+    """Markdown: each process of the gateway with many SAs and policies."""
+    lines = ["| process | RSS MB | PSS MB | its own MB |", "|---|---|---|---|"]
+    lines += [f"| {each.name} | {each.rss:.1f} | {each.pss:.1f} | {each.private:.1f} |" for each in memory.processes]
+    return "\n".join(lines)
+
+
+def workers_table(scalings: Sequence[Scaling]) -> str:
+    """Markdown: one worker against two, for each suite of algorithms."""
+    lines = [
+        "| algorithms | one worker kpps | two workers kpps | ratio | µs a packet, one | two |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in scalings:
+        one, two = ([run.kpps for run in runs] for runs in (each.one, each.two))
+        costs = " | ".join(f"{median(run.cost for run in runs):.1f}" for runs in (each.one, each.two))
+        lines.append(f"| {each.suite} | {spread(one, 1)} | {spread(two, 1)} | {each.ratio:.2f} | {costs} |")
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """Processor, cores, kernel."""
     names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -91,7 +114,10 @@ def plot(results: Mapping[str, Samples]) -> str:
     )
 
 
-def write(path: Path, results: Mapping[str, Samples], versions: Mapping[str, str], *, rounds: int, seconds: float) -> None:
+def write(
+    path: Path, results: Mapping[str, Samples], versions: Mapping[str, str], *, rounds: int, seconds: float,
+    memory: Memory | None = None, scalings: Sequence[Scaling] = (),
+) -> None:  # fmt: skip
     """The page, and the plot beside it."""
     image = path.with_suffix(".svg")
     image.write_text(plot(results), "utf-8")
@@ -111,6 +137,8 @@ def write(path: Path, results: Mapping[str, Samples], versions: Mapping[str, str
         "TCP is one iperf3 flow. UDP is datagrams of 64 octets from one sender, as fast as it can; *lost at 0.9* offers",
         "nine tenths of what was delivered. The idle round trip is ping's, 100 a second. IPv4, LAN MTU 1400.",
         "",
+        *(_memory_text(memory) if memory is not None else ()),
+        *(_workers_text(scalings) if scalings else ()),
         "Versions:",
         "",
         *(f"- {name}: {version}" for name, version in versions.items()),
@@ -119,3 +147,30 @@ def write(path: Path, results: Mapping[str, Samples], versions: Mapping[str, str
         "",
     ]
     path.write_text("\n".join(lines), "utf-8")
+
+
+def _memory_text(memory: Memory) -> list[str]:
+    return [
+        "## Memory",
+        "",
+        f"One gateway's processes with {memory.sas} SAs and {memory.policies} policies after {memory.received} datagrams of",
+        f"{memory.flows} flows through each tunnel, both ways, so that every SA is in use (target: a worker takes 100 MB at",
+        "most). RSS counts what processes share in each of them, PSS gives each its part; MB are 10^6 octets.",
+        "",
+        memory_table(memory),
+        "",
+    ]
+
+
+def _workers_text(scalings: Sequence[Scaling]) -> list[str]:
+    return [
+        "## Two workers",
+        "",
+        f"The engine alone: a process a worker seals and opens UDP datagrams of {OCTETS} octets over {SAS} tunnels, and the",
+        "workers share what a gateway's do: table of SAs, sequence leases, state file. Both teams in turn (target: 1.7",
+        "times the rate on two idle processors). What sharing itself costs shows in the processor time of a packet, even",
+        "where other programs are busy, too.",
+        "",
+        workers_table(scalings),
+        "",
+    ]
