@@ -160,6 +160,8 @@ class Offload(IntFlag):
     """Runs of decapsulated TCP segments enter the stack as one packet."""
     UDP_SEGMENT = 4
     """ESP in UDP leaves in bursts, many datagrams in one system call."""
+    COALESCE_UDP = 8
+    """Runs of equal datagrams, too, enter the stack as one packet."""
 
 
 COUNTERS_WORDS: Final = 256

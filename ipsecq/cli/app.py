@@ -50,7 +50,7 @@ def run(config: ConfigOption = configuration.DEFAULT_PATH) -> None:
 
 @app.command()
 def status(config: ConfigOption = configuration.DEFAULT_PATH, as_json: JsonOption = False) -> None:
-    """Show SAs, policies, counters and workers of the running daemon."""
+    """Show SAs, policies, counters, workers and offloads of the running daemon."""
     answer = _ask(config, "status")
     print(json.dumps(answer, indent=2) if as_json else report.status(answer))
 

@@ -72,6 +72,7 @@ def status(answer: dict[str, Any]) -> str:
             ],
         )
     )  # fmt: skip
+    lines += ["", "Offloads", offloads(answer["offloads"])]
     if answer["interfaces"]:
         lines += ["", "Interfaces", interfaces(answer["interfaces"])]
     lines += ["", f"SAs ({answer['sa_count']})"]
@@ -99,6 +100,17 @@ def status(answer: dict[str, Any]) -> str:
     lines += ["", "Counters"]
     lines.append(table(("name", "count"), sorted(answer["counters"].items())))
     return "\n".join(lines)
+
+
+def offloads(found: Iterable[dict[str, Any]]) -> str:
+    """What makes packets cheaper: in use, or why not."""
+    rows = []
+    for each in found:
+        state = "in use" if each["active"] else "off"
+        if each["workers"] and not each["active"]:
+            state = "in worker " + " ".join(map(str, each["workers"]))
+        rows.append((each["name"], state, each["why"]))
+    return table(("offload", "state", "why not"), rows)
 
 
 def interfaces(found: Iterable[dict[str, Any]]) -> str:

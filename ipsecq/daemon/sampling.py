@@ -18,7 +18,8 @@ from ipsecq.daemon.sockets import SocketPolicies
 from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.datapath.queue import QueueStats, queue_table
 from ipsecq.errors import NetfilterError
-from ipsecq.metrics.source import InterfaceSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
+from ipsecq.metrics import live
+from ipsecq.metrics.source import InterfaceSample, OffloadSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.netfilter.links import is_local
 from ipsecq.netfilter.load import Loader
 from ipsecq.numbers import Direction, Mode, Protocol, SaState
@@ -74,6 +75,7 @@ class Sampler:
         self, authority: Authority, pool: WorkerPool, loader: Loader, history: History, *,
         sa_limit: int, peer_limit: int, bypass: bool,
         interfaces: Callable[[], list[InterfaceSample]] = list,
+        offloads: Callable[[Sequence[WorkerSample]], Sequence[OffloadSample]] = lambda workers: (),
     ) -> None:  # fmt: skip
         self._authority, self._pool, self._loader, self._history = authority, pool, loader, history
         self._sa_limit, self._peer_limit, self._bypass = sa_limit, peer_limit, bypass
@@ -82,7 +84,7 @@ class Sampler:
         """Name of a counter of our table → (what went with tables before this one, what it said last)."""
         self.sockets: SocketPolicies | None = None
         """Set when it is there."""
-        self._interfaces = interfaces
+        self._interfaces, self._offloads = interfaces, offloads
         self._local: dict[bytes, tuple[float, bool]] = {}
 
     def snapshot(self, sa_limit: int = -1) -> Snapshot:
@@ -98,9 +100,10 @@ class Sampler:
             if number < limit:
                 shown.append(self._sample(sa, direction, youngest))
         pairs, sockets = self.sockets.counts() if self.sockets is not None else (0, 0)
-        tunnels = self.tunnels()
+        tunnels, workers = self.tunnels(), self.workers()
         return Snapshot(
-            workers=self.workers(),
+            workers=workers,
+            offloads=self._offloads(workers),
             sas=shown,
             sa_states=dict(states),
             peers=self.peers(),
@@ -184,6 +187,7 @@ class Sampler:
         history, total = self._history, self.counters()
         fail_open = ["queue_bypass is on: every policy"] if self._bypass else []
         fail_open += [printer.config_policy(policy) for policy in policies if policy.fail_open]
+        workers = self.workers()
         return {
             "version": ipsecq.__version__,
             "uptime": time.time() - history.started,
@@ -191,7 +195,8 @@ class Sampler:
             "devices": sorted(self._loader.guarded.values()),
             "fail_open": fail_open,
             "reload": {"success": history.reload_success, "time": history.reload_time, "count": history.reloads},
-            "workers": [_show_worker(sample) for sample in self.workers()],
+            "workers": [_show_worker(sample) for sample in workers],
+            "offloads": [live.offload(sample) for sample in self._offloads(workers)],
             "interfaces": self.interfaces(),
             "sa_count": len(sas),
             "sas": [self._show_sa(sa) for sa in sas[offset : offset + limit]],

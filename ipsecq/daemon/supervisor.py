@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ipsecq.counters import Counter
 from ipsecq.daemon import content as files
-from ipsecq.daemon import privileges, socketstore
+from ipsecq.daemon import offloads, privileges, socketstore
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.content import Content
@@ -184,6 +184,10 @@ class Supervisor:
             self.authority, self.pool, self.ruleset.loader, self.history,
             sa_limit=config.metrics.sa_limit, peer_limit=config.metrics.peer_limit, bypass=config.nftables.queue_bypass,
             interfaces=lambda: samples(self.interfaces.current, self.ruleset.links.links, self.authority),
+            offloads=lambda workers: offloads.samples(
+                self.config.offload, workers, udp_problem=self.ruleset.udp.problem,
+                encapsulating=bool(self.config.nftables.natt_ports),
+            ),
         )  # fmt: skip
         self._path_mtu = PathMtu(mark=self.ruleset.loader.settings.mark_done)
         output = RawOutput(self.ruleset.loader.settings.mark_done)

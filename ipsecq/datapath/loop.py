@@ -140,6 +140,7 @@ class WorkerLoop:
         counters[Counter.OFFLOADS] = (
             (Offload.GSO if queue.gso else 0)
             | (Offload.COALESCE if enc0 is not None and enc0.coalescing else 0)
+            | (Offload.COALESCE_UDP if enc0 is not None and enc0.coalescing and enc0.datagrams else 0)
             | (Offload.UDP_SEGMENT if udp is not None else 0)
         )
         self._next_log = 0.0

@@ -57,6 +57,8 @@ class UdpSockets:
         """
         self._open: list[socket.socket] = []
         self.sockets: list[UdpSocket] = []
+        self.problem = ""
+        """Why there are none, in the kernel's words."""
         if not wanted:
             return
         try:
@@ -64,8 +66,9 @@ class UdpSockets:
                 one = _socket(family, df, mark_done)
                 self._open.append(one)
                 self.sockets.append(UdpSocket(family, df, one.fileno(), one.getsockname()[1]))
-        except OSError:
+        except OSError as error:
             if not self.sockets or self.sockets[-1].family != socket.AF_INET:
+                self.problem = error.strerror or str(error)
                 self.close()  # no IPv6 is no reason
 
     @property

@@ -12,7 +12,7 @@ from ipsecq import __version__
 from ipsecq.counters import Counter, Offload
 from ipsecq.metrics.associations import expiry, hard_share, state
 from ipsecq.metrics.reasons import DROPS, reason
-from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, WorkerSample
+from ipsecq.metrics.source import OffloadSample, PeerSample, SaSample, Snapshot, WorkerSample
 from ipsecq.numbers import Mode, Protocol, SaState
 from ipsecq.packet.address import text as address
 from ipsecq.sa.association import Slot
@@ -55,6 +55,7 @@ def data(snapshot: Snapshot) -> dict[str, Any]:
         "bytes": {"in": total[Counter.IN_BYTES], "out": total[Counter.OUT_BYTES]},
         "drops": [{"reason": name, "count": count, "meaning": meaning} for name, count, meaning in drops],
         "workers": [_worker(worker) for worker in snapshot.workers],
+        "offloads": [offload(each) for each in snapshot.offloads],
         "tunnels": [
             {
                 "local": tunnel.local, "peer": tunnel.peer, "up": tunnel.up, "missing": tunnel.missing,
@@ -65,6 +66,11 @@ def data(snapshot: Snapshot) -> dict[str, Any]:
         "peers": [_peer(peer) for peer in snapshot.peers],
         "sas": [_sa(sample, snapshot.time) for sample in snapshot.sas],
     }  # fmt: skip
+
+
+def offload(sample: OffloadSample) -> dict[str, Any]:
+    """An offload, as the status page and ``ipsecq status --json`` show it."""
+    return {"name": sample.name, "active": sample.active, "workers": list(sample.workers), "why": sample.why}
 
 
 def _worker(worker: WorkerSample) -> dict[str, Any]:

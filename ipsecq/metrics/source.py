@@ -93,6 +93,19 @@ class InterfaceSample:
 
 
 @dataclass(slots=True, frozen=True)
+class OffloadSample:
+    """What makes packets cheaper, where the kernel grants it (:class:`ipsecq.counters.Offload`)."""
+
+    name: str
+    workers: tuple[int, ...]
+    """Those that have it in use."""
+    active: bool
+    """All workers that are up have."""
+    why: str = ""
+    """Why not, for people."""
+
+
+@dataclass(slots=True, frozen=True)
 class Snapshot:
     """Everything that one scrape shows."""
 
@@ -128,6 +141,7 @@ class Snapshot:
     socket_count: int = 0
     """Sockets that asked for one and live."""
     interfaces: Sequence[InterfaceSample] = ()
+    offloads: Sequence[OffloadSample] = ()
 
     @property
     def sa_count(self) -> int:

@@ -9,6 +9,7 @@ from ipsecq.lab.traffic import MARKER, ping, tcp, udp_echo
 pytestmark = pytest.mark.root
 
 SWITCHES = ["gso", "coalesce", "udp_segment"]
+OFF = {None: set(), "gso": {"gso"}, "coalesce": {"coalesce", "coalesce_udp"}, "udp_segment": {"udp_segment"}}
 
 
 @pytest.mark.parametrize("off", [None, *SWITCHES])
@@ -18,6 +19,10 @@ def test_traffic_crosses_and_arrives_unharmed(make_world, off):
     one, two = world.network.sites
     for switch in SWITCHES:
         assert world.one.metric("ipsecq_offload_active", offload=switch, worker="0") == (switch != off)
+    shown = {each["name"]: each for each in world.one.status()["offloads"]}
+    assert {name for name, each in shown.items() if not each["active"]} == OFF[off]
+    assert all(f"[offload] {off} = false" in shown[name]["why"] for name in OFF[off])
+    assert "udp_segment" in world.one.command("status").stdout
     with Capture(world.network.router, "left", bulk=True) as wire:
         for version in (4, 6):
             assert ping(one.host, two.host_address(version)) == 3

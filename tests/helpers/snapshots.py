@@ -1,7 +1,7 @@
 """A gateway's snapshot for tests: two workers, one SA, one peer, one tunnel that is down."""
 
 from ipsecq.counters import COUNTERS_WORDS, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Offload
-from ipsecq.metrics.source import PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
+from ipsecq.metrics.source import OffloadSample, PeerSample, SaSample, Snapshot, TunnelSample, WorkerSample
 from ipsecq.numbers import Mode, Protocol
 from ipsecq.sa.association import SLOT_HEADER_WORDS, Lifetime, SecurityAssociation, Slot
 from ipsecq.secret import Key
@@ -44,4 +44,5 @@ def full():
         workers, (sample(),), {("esp", "out", "mature"): 1}, (PeerSample("198.51.100.1", "out", 9, 900, 1, 2, 3, 1, 1e9),),
         (TunnelSample("192.0.2.1", "198.51.100.1", False, "no inbound ESP SA"),), 1, {"in": 1, "out": 2},
         time=1000000030.0, started=1e9, reload_time=1e9, mechanism="native",
+        offloads=(OffloadSample("coalesce", (0,), True), OffloadSample("gso", (), False, "switched off")),
     )  # fmt: skip

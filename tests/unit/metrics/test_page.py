@@ -37,6 +37,10 @@ def test_the_page_and_its_data_are_served(fetch):
         "esp_replay": 2, "queue_full": 3, "socket_full": 4, "truncated": 6,
     }  # fmt: skip
     assert data["workers"][1]["offloads"] == ["coalesce"]
+    assert data["offloads"] == [
+        {"name": "coalesce", "active": True, "workers": [0], "why": ""},
+        {"name": "gso", "active": False, "workers": [], "why": "switched off"},
+    ]
     assert "4b4b" not in html
     assert "KKKK" not in html
 
