@@ -12,7 +12,7 @@ PYTEST  ?=
 BENCH   ?=
 export PYTHON DESTDIR
 
-PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev
+PACKAGES_BUILD := build-essential python3-dev python3-venv libnetfilter-queue-dev libssl-dev
 PACKAGES_RUN   := nftables iptables iproute2
 PACKAGES_LAB   := $(PACKAGES_RUN) iperf3 tcpdump ethtool procps iputils-ping util-linux
 PACKAGES_IKE   := openiked charon-systemd strongswan-swanctl

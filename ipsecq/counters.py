@@ -162,6 +162,8 @@ class Offload(IntFlag):
     """ESP in UDP leaves in bursts, many datagrams in one system call."""
     COALESCE_UDP = 8
     """Runs of equal datagrams, too, enter the stack as one packet."""
+    COMPILED = 16
+    """Packets of known flows go through compiled code."""
 
 
 COUNTERS_WORDS: Final = 256

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ipsecq import compiled
 from ipsecq.crypto import registry
 from ipsecq.crypto.aead import CcmCipher, ChaChaCipher, GcmCipher, NullGmacCipher, ShortGcmCipher
 from ipsecq.crypto.mac import GmacIcv, IcvFunction, build_mac
@@ -65,6 +66,9 @@ def build(
     split = len(octets) - row.salt_length
     key, salt = octets[:split], octets[split:]
     if row.aead:
+        if compiled.aead is not None and (row.name.startswith("aes-gcm") or row.name == "chacha20-poly1305"):
+            fast: EspCipher = compiled.aead.Aead(row.name == "chacha20-poly1305", key, salt, row.icv_length)
+            return fast
         if row.name == "aes-gcm-16":
             return GcmCipher(key, salt)
         if row.name.startswith("aes-gcm"):

@@ -31,6 +31,7 @@ from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.taprequest import MIRROR
 from ipsecq.datapath.droplog import DropLog
 from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.fast import FastPath, wanted
 from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
@@ -171,6 +172,11 @@ class Worker:
         tables.interfaces = routed.interfaces
         outbound.on_drop = inbound.on_drop = DropLog(replica.sysctl)
         taps = Taps(outbound, inbound, replica.sysctl)
+        fast = FastPath(
+            tables, outbound, inbound, path_mtu, output, udp, enc0, routed.device, taps,
+            mark_stolen=setup.mark_stolen, mark_sockets=setup.mark_sockets,
+        ) if wanted() else None  # fmt: skip
+        routed.fast = fast
         self._loop = WorkerLoop(
             queue,
             output,
@@ -189,6 +195,7 @@ class Worker:
             taps=taps,
             udp=udp,
             routed=routed,
+            fast=fast,
         )
 
         def on_tap(number: int, request: Any) -> None:

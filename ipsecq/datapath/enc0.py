@@ -326,5 +326,8 @@ class Enc0:
         self.close()
 
     def _count(self, error: OSError) -> None:
-        number = error.errno or 0
+        self.count_error(error.errno or 0)
+
+    def count_error(self, number: int) -> None:
+        """Note an errno of the device."""
         self.errors[number] = self.errors.get(number, 0) + 1

@@ -68,6 +68,11 @@ class SegmentSizes:
         # A sender cuts at multiples of its size, but where it has no more to send.
         return size if data > size and (not data % size or packet[offset + 13] & _PSH) else 0
 
+    def until(self, flow: Flow) -> float:
+        """When the flow's size has to be learned again, Unix seconds."""
+        found = self._sizes.get(flow) if flow is not None else None
+        return found[0] + FRESH_SECONDS if found is not None else 0.0
+
     def divert(self, packet: Buffer, flow: Flow, *, whole: bool) -> None:
         """The packet goes to the plain queue; if it is a super-packet (``whole``), its size is to be learned there."""
         self.diverted.add(flow)

@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate, Offload
 from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.fast import FastPath
 from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
 from ipsecq.datapath.inward import FORWARD, LONE, InboundEngine, Inward
@@ -104,6 +105,7 @@ class WorkerLoop:
         taps: Taps | None = None,
         udp: UdpOutput | None = None,
         routed: RoutedTunnels | None = None,
+        fast: FastPath | None = None,
     ) -> None:
         """Join the parts.
 
@@ -113,7 +115,7 @@ class WorkerLoop:
         ``lanes`` are more queues like ``queue``; each has a batch in its turn, however full the others are.
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
         we cannot; without one they are dropped.  ``taps`` watch the engines.  ``udp`` sends bursts; without one they go
-        through ``output``.  ``routed`` are the route-based tunnels.
+        through ``output``.  ``routed`` are the route-based tunnels.  ``fast`` takes what it knows before the engines do.
         """
         self._enc0 = enc0
         self._outward = Outward(output, udp, enc0, path_mtu, counters)
@@ -127,7 +129,7 @@ class WorkerLoop:
         self._early = Holder(EARLY_PACKETS, 2 * EARLY_PACKETS, EARLY_SECONDS)
         """What the peer sent through an SA that is not here yet."""
         self._plain_queue = plain_queue
-        self._taps, self._routed = taps, routed
+        self._taps, self._routed, self._fast = taps, routed, fast
         self._sizes = SegmentSizes()
         self._emit = Emissions()
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
@@ -142,6 +144,7 @@ class WorkerLoop:
             | (Offload.COALESCE if enc0 is not None and enc0.coalescing else 0)
             | (Offload.COALESCE_UDP if enc0 is not None and enc0.coalescing and enc0.datagrams else 0)
             | (Offload.UDP_SEGMENT if udp is not None else 0)
+            | (Offload.COMPILED if fast is not None else 0)
         )
         self._next_log = 0.0
 
@@ -234,17 +237,31 @@ class WorkerLoop:
         if self._routed is not None:
             self._path_mtu.advance(self._clock())
             self._routed.step(descriptor, self._emit, self._send)
+            if self._fast is not None and (failed := self._fast.failed):
+                self._outward.resend(failed)
 
     def _step(self, queue: Queue) -> int:
-        start = time.perf_counter_ns()
         self._active = queue
-        packets = queue.read()
-        count = len(packets)
-        if not count:
-            return 0
+        fast, finished = self._fast, 0
+        if fast is not None and queue is not self._plain_queue and fast.ready() and not queue.unsent:
+            finished, packets = fast.read(queue)
+            if failed := fast.failed:
+                self._outward.resend(failed)
+        else:
+            packets, fast = queue.read(), None
+        return finished + self._process(queue, packets, fast) if packets else finished
+
+    def _process(self, queue: Queue, packets: list[Packet], fast: FastPath | None) -> int:
+        """Packets that the engine has to look at; ``fast`` has left the first of them alone."""
+        start = time.perf_counter_ns()
         now = self._clock()
         self._path_mtu.advance(now)
+        count = len(packets)
         emit = self._emit
+        if fast is not None and (left := fast.left) is not None:
+            self._finish_super(left, now)
+            queue.add_verdict(packets.pop(0)[0], NF_DROP)
+            fast, count = None, count - 1
         outbound = self._engine_out.process
         add_verdict, stolen, sockets = queue.add_verdict, self._mark_stolen, self._mark_sockets
         diverted = self._sizes.diverted if queue is not self._plain_queue else None
@@ -252,6 +269,9 @@ class WorkerLoop:
             for segment in packets:
                 self._sizes.learn(segment[4], now)
         entered = self._inward.take(packets, now, emit)
+        if fast is not None and packets[0][1] < FORWARD:
+            fast.learn_in()
+            fast = None
         done = 0
         until = lone = 0
         while done < count:
@@ -268,6 +288,8 @@ class WorkerLoop:
                     elif lone <= done and not diverted and (taken := self._outbound_run(packets, done, now)):
                         until = done + taken
                         add_verdict(cookie, NF_ACCEPT, mark | stolen)
+                        if fast is not None and not done:
+                            fast.learn_out(mark & sockets)
                     elif info & _UNFINISHED:
                         lone = max(lone, done + LONE)
                         self._unfinished(cookie, mark, info, packet, now)
@@ -276,6 +298,8 @@ class WorkerLoop:
                         fate = outbound(packet, now, emit, mark & sockets)
                         if fate == 1:  # Fate.DONE
                             add_verdict(cookie, NF_ACCEPT, mark | stolen)
+                            if fast is not None and not done:
+                                fast.learn_out(mark & sockets)
                         else:
                             self._outbound_rest(fate, cookie, mark, packet, now)
             except Exception:
@@ -291,6 +315,15 @@ class WorkerLoop:
         counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
         counters[HISTOGRAM_SUM_NS] += elapsed
         return count
+
+    def _finish_super(self, datagrams: list[bytes], now: float) -> None:
+        """Datagrams of a super-packet of which others have been delivered."""
+        for datagram in datagrams:
+            try:
+                if self._engine_in.process(datagram, now, self._emit) == Fate.HOLD:
+                    self._hold_inbound(datagram, now)
+            except Exception:
+                self._refuse(0, now)
 
     def _outbound_run(self, packets: list[Packet], start: int, now: float) -> int:
         """Seal equal packets of one flow in one go, from packet ``start`` on: how many."""
@@ -338,6 +371,8 @@ class WorkerLoop:
         fate = self._engine_out.process(whole, now, self._emit, mark & self._mark_sockets)
         if fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+            if self._fast is not None and self._active is not self._plain_queue:
+                self._fast.learn_out(mark & self._mark_sockets)
         else:
             self._outbound_rest(fate, cookie, mark, whole, now)
 
@@ -352,6 +387,8 @@ class WorkerLoop:
             self._divert(cookie, packet, whole=True)
         elif fate == Fate.DONE:
             self._active.add_verdict(cookie, NF_ACCEPT, mark | self._mark_stolen)
+            if self._fast is not None:
+                self._fast.learn_out(mark & self._mark_sockets, 0, size, self._sizes.until(flow_of(packet)))
             if self._emit.bursts or len(self._emit.wire) >= BURST:
                 # The far end has a queue, too, and the sooner it starts the better.
                 self._active.flush()
@@ -397,6 +434,8 @@ class WorkerLoop:
         if emit.interfaces and self._routed is not None:
             self._routed.inject(emit)
         if emit.events:
+            if self._fast is not None:
+                self._fast.forget()
             for event in emit.events:
                 if isinstance(event, PathMtuLearned):
                     self._path_mtu.learn(event.dst, event.mtu, self._clock())

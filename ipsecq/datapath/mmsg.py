@@ -59,6 +59,16 @@ class ReceiveVector:
         self._lengths = self._hdr.view(np.uint32)[:, _LEN]
         self._address = self._hdr.ctypes.data
 
+    @property
+    def address(self) -> int:
+        """Where the message headers (struct mmsghdr) lie, for those who call recvmmsg themselves."""
+        return self._address
+
+    def lengths(self, first: int, end: int) -> list[int]:
+        """Lengths of the datagrams from ``first`` to ``end`` (excluded) of the last call, whoever made it."""
+        found: list[int] = self._lengths[first:end].tolist()
+        return found
+
     def receive(self) -> Sequence[int] | None:
         """Lengths of the datagrams that were there (none: empty); None when the kernel answered ENOBUFS."""
         got = _recvmmsg(self._fd, self._address, self._count, MSG_DONTWAIT, None)

@@ -33,6 +33,8 @@ class PathMtu:
         self._mark = mark
         self._cache_seconds = cache_seconds
         self._now = 0.0
+        self.version = 0
+        """Changes when answers may have changed before their time."""
         self._cached: dict[bytes, tuple[float, int, bytes]] = {}
         self._learned: dict[bytes, tuple[float, int]] = {}
 
@@ -70,11 +72,18 @@ class PathMtu:
                 del self._learned[next(iter(self._learned))]
         self._learned[dst] = (now, mtu)
         self._cached.pop(dst, None)
+        self.version += 1
         return True
 
     def invalidate(self) -> None:
         """Ask the kernel again from now on (a route or link changed); what was learned stays."""
         self._cached.clear()
+        self.version += 1
+
+    def until(self, dst: bytes) -> float:
+        """When the answer about ``dst`` has to be asked for again, Unix seconds."""
+        found = self._cached.get(dst)
+        return found[0] + self._cache_seconds if found is not None else 0.0
 
     def _ask(self, dst: bytes) -> tuple[float, int, bytes]:
         mtu, source = self._route(dst)

@@ -111,6 +111,10 @@ class RawOutput:
             sent += self._run(self._sockets[1].fileno(), part)
         return sent
 
+    def descriptor(self, family: socket.AddressFamily) -> int:
+        """The raw socket of a family."""
+        return self._sockets[family == socket.AF_INET6].fileno()
+
     def _run(self, fd: int, datagrams: list[bytes]) -> int:
         """Send what the vector holds; a datagram that fails is counted and the next one tried."""
         first, total, sent = 0, len(datagrams), 0

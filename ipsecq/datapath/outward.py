@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import MutableSequence, Sequence
 from typing import Final
 
 from ipsecq.counters import Counter
@@ -10,7 +10,7 @@ from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.udp import UdpOutput
-from ipsecq.engine.emit import Emissions
+from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.packet.fragments import fragment
 
 _DF: Final = 0x40
@@ -46,6 +46,11 @@ class Outward:
                 self._counters[Counter.SEND_FAILED] += burst.number - sent
         if start < len(wire):
             self._send_wire(wire[start:] if start else wire)
+
+    def resend(self, failed: Sequence[Burst | bytes]) -> None:
+        """What the fast path could not send: a datagram at a time."""
+        for each in failed:
+            self._send_wire([each] if isinstance(each, bytes) else each.datagrams())
 
     def inject(self, emit: Emissions) -> None:
         """Decapsulated packets, in their order."""

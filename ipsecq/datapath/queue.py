@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from io import FileIO
 from socket import htonl, ntohl
 from struct import Struct
@@ -214,14 +216,21 @@ class Queue:
         The payloads are views of buffers that the next ``read`` overwrites.  Packets that were cut off get their
         verdict (drop) here and are not in the list.
         """
-        packets: list[Packet] = []
-        append = packets.append
-        layouts = self._layouts
         sizes = self._vector.receive()
         if sizes is None:
             self.overruns += 1
-            return packets
-        for view, size in zip(self._vector.views, sizes, strict=False):
+            return []
+        return self._packets(self._vector.views, sizes)
+
+    def rest(self, first: int, end: int) -> list[Packet]:
+        """The packets of messages ``first`` to ``end`` (excluded) that somebody else has read into the vector."""
+        return self._packets(self._vector.views[first:end], self._vector.lengths(first, end))
+
+    def _packets(self, views: Sequence[memoryview], sizes: Sequence[int]) -> list[Packet]:
+        packets: list[Packet] = []
+        append = packets.append
+        layouts = self._layouts
+        for view, size in zip(views, sizes, strict=False):
             for layout in layouts:
                 fields = layout.unpack_from(view)
                 if fields[::2] == layout.expected and size >= layout.start:
@@ -258,6 +267,33 @@ class Queue:
             with contextlib.suppress(ValueError):  # an unusual packet is walked each time
                 self._layouts.append(nl.Layout(view, size))
         return found.cookie, found.hook, found.mark, found.info, view[found.start : found.end]
+
+    @property
+    def vector(self) -> int:
+        """Where the batch's message headers lie (struct mmsghdr, :attr:`batch` of them)."""
+        return self._vector.address
+
+    @property
+    def verdict_header(self) -> bytes:
+        """What a batch verdict has behind its length."""
+        return self._batch_header
+
+    @property
+    def unsent(self) -> bool:
+        """Verdicts wait that the kernel did not take: they go first."""
+        return bool(self._pending)
+
+    def refuse(self, number: int) -> None:
+        """Somebody else's read of the queue answered this errno."""
+        if number == errno.ENOBUFS:
+            self.overruns += 1
+        elif number not in {errno.EAGAIN, errno.EINTR}:
+            raise OSError(number, f"recvmmsg: {os.strerror(number)}")
+
+    def keep(self, messages: bytes) -> None:
+        """Verdicts that the kernel did not take, for the next :meth:`flush`."""
+        self.errors += 1
+        self._pending += messages
 
     # -- verdicts ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import Final, Protocol
 
 from ipsecq.counters import HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.datapath.fast import FastPath
 from ipsecq.datapath.hold import Holder
 from ipsecq.datapath.ipsecdev import IpsecDevice, Routed
 from ipsecq.engine.emit import Acquire, Emissions
@@ -86,6 +87,8 @@ class RoutedTunnels:
         """By descriptor."""
         self._poll: select.epoll | None = None
         self._next_log = 0.0
+        self.fast: FastPath | None = None
+        """Takes the packets of known flows before the engine does."""
         self.interfaces: dict[int, Interface] = {}
         """What the inbound engine consults (:class:`ipsecq.engine.tables.Tables`)."""
 
@@ -135,6 +138,11 @@ class RoutedTunnels:
         entry.device.close()
         self._engine.forget_interface(entry.interface)
 
+    def device(self, reqid: int) -> IpsecDevice | None:
+        """The device of the interface with that reqid."""
+        entry = self._entries.get(reqid)
+        return entry.device if entry is not None else None
+
     # -- out ---------------------------------------------------------------------------------------------------
 
     def step(self, descriptor: int, emit: Emissions, send: Callable[[], None]) -> bool:
@@ -169,21 +177,32 @@ class RoutedTunnels:
     ) -> None:
         process, count = self._engine.process, len(batch)
         at = lone = 0
+        fast = self.fast if self.fast is not None and self.fast.ready() else None
+        if fast is not None:
+            at = fast.seal(batch, entry.interface.reqid, now)
+        first = at
         while at < count:
             size, unfinished, packet = batch[at]
             taken = 1
             try:
                 if size:
                     self._seal_super(entry, packet, size, now, emit)
+                    if fast is not None and at == first:
+                        fast.learn_out(0, entry.interface.reqid, size)
                     if emit.bursts or len(emit.wire) >= BURST:
                         send()
                 elif at >= lone and (more := self._seal_run(batch, at, now, emit)):
                     taken = more
+                    if fast is not None and at == first:
+                        fast.learn_out(0, entry.interface.reqid)
                 else:
                     lone = max(lone, at + LONE)
                     whole = complete(packet) if unfinished else packet
-                    if process(whole, now, emit) == Fate.HOLD:
+                    fate = process(whole, now, emit)
+                    if fate == Fate.HOLD:
                         self._hold(entry, whole, now, emit)
+                    elif fate == _DONE and fast is not None and at == first:
+                        fast.learn_out(0, entry.interface.reqid)
             except Exception:
                 self._refuse(now)
             at += taken

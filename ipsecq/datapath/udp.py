@@ -140,6 +140,12 @@ class UdpOutput:
             return 0 if number in _LATER else -1
         return burst.number
 
+    def descriptors(self, family: socket.AddressFamily) -> tuple[int, int] | None:
+        """The sockets without and with DF (IPv6 has one for both); None where there are none."""
+        plain = self._sockets.get((family, False))
+        df = self._sockets.get((family, True)) if family == socket.AF_INET else plain
+        return (plain.fileno(), df.fileno()) if plain is not None and df is not None else None
+
     def _name(self, burst: Burst) -> tuple[str, int]:
         if len(self._names) >= _MAX_OPTIONS:
             self._names.clear()

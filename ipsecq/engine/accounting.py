@@ -37,6 +37,12 @@ class Account:
         self._soft_packets = sa.soft.allocations or _NEVER
         self._soft_bytes = sa.soft.bytes or _NEVER
 
+    def limits(self) -> tuple[float, float, float, float, float, float]:
+        """Hard packets, octets; soft packets, octets; end in Unix seconds; seconds from the first use.  May be infinite."""
+        return (
+            self._hard_packets, self._hard_bytes, self._soft_packets, self._soft_bytes, self._hard_time, self._hard_use,
+        )  # fmt: skip
+
     def allows(self, octets: int, count: int, now: float) -> bool:
         """Whether no hard limit stands in the way of ``count`` packets of together ``octets``; nothing is changed."""
         words, base = self._words, self._base

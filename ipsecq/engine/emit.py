@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from ipsecq.numbers import IPPROTO_UDP
 from ipsecq.packet import ipv4, ipv6
+from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
 from ipsecq.packet.coalesce import Run
 
@@ -71,7 +72,7 @@ class Burst(NamedTuple):
     size: int
     """Octets of UDP data in each datagram; the last one may have fewer."""
     number: int
-    data: bytes
+    data: Buffer
 
     def datagrams(self) -> list[bytes]:
         """The finished IP datagrams."""

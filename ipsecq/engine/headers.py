@@ -74,6 +74,15 @@ class OuterHeader:
         df = self._dfbit == 1 or (self._dfbit == 2 and inner_df)
         return tos & self._tos_mask, df, flow_label, self._identification + sequence & 0xFFFF
 
+    @property
+    def rules(self) -> tuple[int, int]:
+        """Bits of the inner TOS that are copied, and the knob ``dfbit``."""
+        return self._tos_mask, self._dfbit
+
+    def identification(self, sequence: int) -> int:
+        """IPv4's identification of the datagram with that sequence number."""
+        return self._identification + sequence & 0xFFFF
+
     def build_run(
         self, count: int, payload: int, last: int, tos: int, inner_df: bool, flow_label: int, first: int, room: int
     ) -> npt.NDArray[np.uint8]:

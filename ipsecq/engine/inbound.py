@@ -281,6 +281,23 @@ class Inbound:
                 view.load(inner)
         return inner
 
+    def ready(self, key: tuple[bytes, int, int]) -> InboundSa | None:
+        """The SA by destination, protocol and SPI, if it has opened something and no knob forbids its protocol."""
+        version = 4 if len(key[0]) == 4 else 6
+        return self._sas.get(key) if (version, key[1]) not in self._disabled else None
+
+    def admits(self, flow: tuple[bytes, bytes, int, int, int], opened: History) -> int | None:
+        """Where packets of ``flow`` with this history enter, as far as is known: an interface's reqid, 0: from none.
+
+        None: they do not, or not for good (a socket's policy holds as long as the socket), or nobody has asked yet.
+        """
+        if self._tables.spd.inbound_sockets:
+            return None
+        home = self._home(opened)
+        if home < 0:
+            return opened[-1].reqid
+        return 0 if not home and self._verdicts.get((*flow, False, opened)) == 0 else None
+
     # -- policy ----------------------------------------------------------------------------------------
 
     def _enter(self, packet: Buffer, opened: History, now: float, emit: Emissions) -> int:

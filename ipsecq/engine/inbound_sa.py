@@ -120,6 +120,26 @@ class EspReady(_Ready):
         self._idle = 0
         """Runs that are not tried, after one that held nothing for us."""
 
+    @property
+    def cipher(self) -> object:
+        """The SA's cipher."""
+        return self._transform.cipher
+
+    @property
+    def limits(self) -> tuple[float, float, float, float, float, float]:
+        """See :meth:`ipsecq.engine.accounting.Account.limits`."""
+        return self._account.limits()
+
+    @property
+    def peer(self) -> tuple[bytes, int]:
+        """Address and UDP port that the peer's packets come from (0 without UDP)."""
+        return self._peer, self._peer_port
+
+    @property
+    def window(self) -> ReplayWindow:
+        """The replay window."""
+        return self._window
+
     def open(
         self, packet: Buffer, view: PacketView, offset: int, encapsulated: int, now: float, emit: Emissions
     ) -> Opened:

@@ -150,6 +150,18 @@ class Outbound:
             counters[Counter.OUT_PASSED] += 1
         return fate
 
+    def settled(self, mark: int) -> Bundle | None:
+        """What protects the flow of the packet that was looked at last, if that is decided."""
+        view = self._view
+        fragment = view.fragment_word & 0x3FFF != 0
+        decision = self._flows.get((view.src, view.dst, view.protocol, view.sport, view.dport, fragment, mark))
+        return decision if isinstance(decision, Bundle) else None
+
+    @property
+    def view(self) -> PacketView:
+        """The headers of that packet."""
+        return self._view
+
     def process_super(self, packet: Buffer, size: int, now: float, emit: Emissions, mark: int = 0) -> int:
         """The fate of a TCP super-packet whose segments have ``size`` octets of data: one decision for all of them.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.segments import fill_checksums, lay_out
+from ipsecq.packet.extensions import final_destination
+from ipsecq.packet.segments import data_offset, fill_checksums, lay_out, pseudo_sum
 from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation, Slot
 from ipsecq.sa.sequence import LIMIT_32, LIMIT_64, OutboundSequence
@@ -52,6 +53,23 @@ MAX_BURST: Final = 64
 MAX_BURST_OCTETS: Final = 65535 - 48
 _head: Final = Struct(">IIQ").pack
 """SPI, low sequence number, IV."""
+
+
+@runtime_checkable
+class BulkCipher(Protocol):
+    """What :class:`ipsecq.compiled.aead.Aead` does for many packets at once."""
+
+    def seal_segments(
+        self, packet: Buffer, length: int, offset: int, header: int, size: int, pseudo: int, spi: int, first: int,
+        esn: bool, outer: bytes, identification: int,
+    ) -> list[bytes] | tuple[bytes, int]:  # fmt: skip
+        """A super-packet's segments as finished datagrams; without ``outer`` as ESP packets and their distance."""
+
+    def seal_equal(
+        self, packets: list[Buffer], length: int, offset: int, unfinished: bool, pseudo: int, spi: int, first: int,
+        esn: bool, outer: bytes, identification: int,
+    ) -> list[bytes] | tuple[bytes, int]:  # fmt: skip
+        """The same for packets that are all ``length`` octets long."""
 
 
 class OutboundStep(Protocol):
@@ -109,12 +127,35 @@ class EspStep:
         self._seal_run: Callable[[int, int, list[Buffer], bool], list[bytes]] | None = (
             getattr(built, "seal_run", None) if plain else None
         )
+        self._bulk: BulkCipher | None = built if plain and isinstance(built, BulkCipher) else None
+
+    @property
+    def bulk(self) -> BulkCipher | None:
+        """The compiled cipher, where the SA's packets can be made in bulk; see :mod:`ipsecq.datapath.fast`."""
+        return self._bulk
+
+    @property
+    def outer(self) -> OuterHeader | None:
+        """What makes the outer headers in tunnel mode."""
+        return self._outer
+
+    @property
+    def bursts(self) -> bool:
+        """Packets leave in bursts."""
+        return self._bursts
+
+    @property
+    def limits(self) -> tuple[float, float, float, float, float, float]:
+        """See :meth:`ipsecq.engine.accounting.Account.limits`."""
+        return self._account.limits()
 
     def apply_run(
         self, packet: Buffer, view: PacketView, size: int, now: float, emit: Emissions
     ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  One decision, one account and one array of headers for all segments."""
         outer, transform = self._outer, self._transform
+        if outer is not None and self._bulk is not None:
+            return self._apply_segments(self._bulk, outer, packet, view, size, now, emit)
         if outer is None or self._seal_run is None:
             return None
         laid = lay_out(packet, view, size, transform.MAX_TRAILER)
@@ -122,11 +163,9 @@ class EspStep:
             return None
         rows, count, full, last = laid
         inner = (count - 1) * full + last
-        # The last packets before a limit are counted one by one.
-        if not self._account.allows(inner, count, now) or not (first := self.sequence.take(count)):
+        first = self._take(inner, count, now, emit)
+        if not first:
             return None
-        self._account.charge(inner, now, emit, count)
-        self._words[self._base + _SEQUENCE] = first + count - 1
         next_header = IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6
         trailer, final = transform.trailer(full, next_header), transform.trailer(last, next_header)
         rows[:, full : full + len(trailer)] = np.frombuffer(trailer, np.uint8)
@@ -148,12 +187,18 @@ class EspStep:
         None: one by one, please.
         """
         outer, transform, count, length = self._outer, self._transform, len(packets), view.length
-        if outer is None or self._seal_run is None:
+        if outer is None or (self._seal_run is None and self._bulk is None):
             return None
-        if not self._account.allows(count * length, count, now) or not (first := self.sequence.take(count)):
+        first = self._take(count * length, count, now, emit)
+        if not first:
             return None
-        self._account.charge(count * length, now, emit, count)
-        self._words[self._base + _SEQUENCE] = first + count - 1
+        if self._bulk is not None:
+            front = b"" if self._bursts else self._front(outer, view, first)
+            made = self._bulk.seal_equal(
+                packets, length, view.offset, unfinished, pseudo_sum(view.src, view.dst, view.protocol), self.sa.spi,
+                first, self.sa.esn, front, outer.identification(first),
+            )  # fmt: skip
+            return self._made(outer, view, first, count, made)
         trailer = transform.trailer(length, IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6)
         joined = bytearray().join([part for packet in packets for part in (packet[:length], trailer)])
         width = length + len(trailer)
@@ -163,16 +208,74 @@ class EspStep:
         plaintexts: list[Buffer] = [octets[at : at + width] for at in range(0, count * width, width)]
         return self._seal_all(outer, view, first, plaintexts, length, length)
 
+    def _take(self, octets: int, count: int, now: float, emit: Emissions) -> int:
+        """The first of ``count`` sequence numbers, counted in all accounts; 0: one by one, please."""
+        # The last packets before a limit are counted one by one.
+        if not self._account.allows(octets, count, now) or not (first := self.sequence.take(count)):
+            return 0
+        self._account.charge(octets, now, emit, count)
+        self._words[self._base + _SEQUENCE] = first + count - 1
+        counters = self._counters
+        counters[_ESP_TUNNEL] += count
+        counters[_ESP_OUTPUT] += count
+        counters[_ESP_OBYTES] += octets
+        return first
+
+    def _apply_segments(
+        self, bulk: BulkCipher, outer: OuterHeader, packet: Buffer, view: PacketView, size: int, now: float,
+        emit: Emissions,
+    ) -> list[bytes] | list[Burst] | None:  # fmt: skip
+        """:meth:`apply_run` by the compiled loop, which cuts and seals in one."""
+        header = data_offset(packet, view)
+        data = view.length - header
+        if not header or size <= 0 or data <= size:
+            return None
+        count = -(-data // size)
+        first = self._take(data + count * header, count, now, emit)
+        if not first:
+            return None
+        front = b"" if self._bursts else self._front(outer, view, first)
+        destination = final_destination(packet, view)
+        made = bulk.seal_segments(
+            packet, view.length, view.offset, header, size, pseudo_sum(view.src, destination, view.protocol),
+            self.sa.spi, first, self.sa.esn, front, outer.identification(first),
+        )  # fmt: skip
+        return self._made(outer, view, first, count, made)
+
+    def _front(self, outer: OuterHeader, view: PacketView, first: int) -> bytes:
+        """What is in front of ESP, for the compiled loop, which fills in lengths and identifications."""
+        front = outer.build(0, view.tos, view.dont_fragment, view.flow_label, first)
+        return natt.wrap(front, self.sa.natt, 8) if self.sa.natt is not None else front
+
+    def _made(
+        self, outer: OuterHeader, view: PacketView, first: int, count: int, made: list[bytes] | tuple[bytes, int]
+    ) -> list[bytes] | list[Burst]:
+        """What the compiled loop made: datagrams, or ESP packets of a size that go in bursts."""
+        if isinstance(made, list):
+            return made
+        sa, ports = self.sa, self.sa.natt
+        octets, size = made
+        if ports is None:
+            return []
+        most = min(MAX_BURST, MAX_BURST_OCTETS // size)
+        whole = memoryview(octets)
+        bursts: list[Burst] = []
+        for start in range(0, count, most):
+            tos, df, label, identification = outer.fields(view.tos, view.dont_fragment, view.flow_label, first + start)
+            bursts.append(
+                Burst(
+                    sa.src, sa.dst, ports.sport, ports.dport, tos, df, label, identification, size,
+                    min(most, count - start), whole[start * size : (start + most) * size],
+                )
+            )  # fmt: skip
+        return bursts
+
     def _seal_all(
         self, outer: OuterHeader, view: PacketView, first: int, plaintexts: list[Buffer], full: int, last: int
     ) -> list[bytes] | list[Burst]:
         """Datagrams of plaintexts with their trailers: packets of ``full`` octets, the last one of ``last``."""
         count = len(plaintexts)
         sealed = self._seal_run(self.sa.spi, first, plaintexts, self.sa.esn) if self._seal_run is not None else []
-        counters = self._counters
-        counters[_ESP_TUNNEL] += count
-        counters[_ESP_OUTPUT] += count
-        counters[_ESP_OBYTES] += (count - 1) * full + last
         if self._bursts:
             return self._in_bursts(outer, view, first, sealed)
         blob, width = self._heads(outer, view, first, count, full, last)

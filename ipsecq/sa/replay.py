@@ -46,6 +46,11 @@ class ReplayWindow:
         return self._size
 
     @property
+    def mask(self) -> int:
+        """Words of the ring, less one."""
+        return self._mask
+
+    @property
     def edge(self) -> int:
         """The right edge: the highest sequence number authenticated so far (64 bits with ESN)."""
         return int(self._words[self._edge])

@@ -1,0 +1,270 @@
+"""What the compiled fast path knows: flows and SAs that the engine has decided about, and for how long that holds.
+
+Every packet of a new flow goes through the engine; what was decided is told to :mod:`ipsecq.fastpath.sealer` and
+:mod:`ipsecq.fastpath.opener` here, if it is simple enough, and they take the packets that follow.  All of it is forgotten
+whenever an SA, a policy, a knob or a route changes, and while somebody watches packets.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, Final
+
+from ipsecq import compiled
+from ipsecq.counters import Counter
+from ipsecq.datapath.enc0 import Enc0
+from ipsecq.datapath.ipsecdev import Routed
+from ipsecq.datapath.mtu import PathMtu
+from ipsecq.datapath.output import RawOutput
+from ipsecq.datapath.queue import Packet, Queue
+from ipsecq.datapath.tap import Taps
+from ipsecq.datapath.udp import IPV6_FLOWINFO, SOL_UDP, UDP_SEGMENT, UdpOutput
+from ipsecq.engine.emit import Burst
+from ipsecq.engine.inbound import Inbound
+from ipsecq.engine.inbound_sa import EspReady, InboundSa
+from ipsecq.engine.outbound import Outbound
+from ipsecq.engine.outbound_sa import EspStep
+from ipsecq.engine.tables import Tables
+from ipsecq.numbers import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Mode, Protocol
+from ipsecq.packet.view import PacketView
+from ipsecq.transforms import natt
+
+IP_PKTINFO: Final = 8
+
+_ESP: Final = int(Protocol.ESP)
+_PORTS: Final = frozenset({IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6})
+_key: Final = struct.Struct(">HHIIB").pack
+_flow: Final = struct.Struct(">HHB").unpack_from
+
+
+def flow_key(view: PacketView, mark: int, tag: int) -> bytes:
+    """The sealer's key of the flow of the packet in the view."""
+    return view.src + view.dst + _key(view.sport, view.dport, mark, tag, view.protocol)
+
+
+class FastPath:
+    """One worker's fast path.  ``devices(reqid)``: where packets enter from that interface, None without one."""
+
+    def __init__(
+        self, tables: Tables, outbound: Outbound, inbound: Inbound, path_mtu: PathMtu, output: RawOutput,
+        udp: UdpOutput | None, enc0: Enc0 | None, devices: Callable[[int], Enc0 | None], taps: Taps | None,
+        *, mark_stolen: int, mark_sockets: int, collect: bool = False,
+    ) -> None:  # fmt: skip
+        """The parts that it stands beside; ImportError where it was not compiled.  ``collect``: send nothing (tests)."""
+        if not compiled.active:
+            raise ImportError(compiled.missing)
+        self._compiled_sealer: Any = import_module("ipsecq.fastpath.sealer")
+        self._compiled_opener: Any = import_module("ipsecq.fastpath.opener")
+        self._tables, self._outbound, self._inbound, self._path_mtu = tables, outbound, inbound, path_mtu
+        self._output, self._udp, self._enc0, self._devices, self._taps = output, udp, enc0, devices, taps
+        self.sealer = self._compiled_sealer.Sealer(tables.counters, tables.words, collect)
+        self.opener = self._compiled_opener.Opener(tables.counters, tables.words, tables.natt_ports, collect)
+        self._path = import_module("ipsecq.fastpath.batch").FastPath(
+            self.sealer, self.opener, mark_stolen, mark_sockets
+        )
+        self._ways: dict[EspStep, tuple[object, Any]] = {}
+        self._targets: dict[int, Any] = {}
+        self._generation: tuple[int, int, int, int] | None = None
+
+    def ready(self) -> bool:
+        """Whether it may be used now; forgets what does not hold any more."""
+        tables = self._tables
+        generation = (
+            tables.sad.generation, tables.spd.generation, tables.sysctl.generation, self._path_mtu.version,
+        )  # fmt: skip
+        if generation != self._generation:
+            self.forget()
+            self._generation = generation
+        return self._taps is None or not self._taps.sinks
+
+    def forget(self) -> None:
+        """What the engine reports may be what something here stands on: a limit, a peer's address."""
+        self.sealer.clear()
+        self.opener.clear()
+        self._ways.clear()
+        self._targets.clear()
+
+    # -- packets ---------------------------------------------------------------------------------------------
+
+    def read(self, queue: Queue) -> tuple[int, list[Packet]]:
+        """Read a batch: how many packets are finished, and those behind them, which are the engine's.
+
+        ``left`` are datagrams of a super-packet, the first of these; they are the engine's in its place.
+        """
+        path = self._path
+        got, lost = path.step(queue.fd, queue.vector, queue.batch, queue.verdict_header)
+        if lost:
+            queue.keep(lost)
+        if got < 0:
+            queue.refuse(-got)
+            return 0, []
+        done: int = path.done
+        return done, queue.rest(done, got) if got > done else []
+
+    def seal(self, batch: Sequence[Routed], tag: int, now: float) -> int:
+        """Take packets that were routed into the interface ``tag``, up to the first that is not known: how many."""
+        seal, taken = self.sealer.seal, 0
+        for size, unfinished, packet in batch:
+            if not seal(packet, unfinished, size != 0, size, 0, tag, now):
+                break
+            taken += 1
+        self.sealer.finish()
+        return taken
+
+    @property
+    def left(self) -> list[bytes] | None:
+        """Datagrams that are left of the first packet behind the finished ones; None: all of it is."""
+        if not self._path.partial:
+            return None
+        rest: list[bytes] = self.opener.rest
+        self.opener.rest = []
+        return rest
+
+    @property
+    def failed(self) -> list[Burst | bytes]:
+        """What the kernel did not take and has to go another way."""
+        failed: list[Burst | bytes] = self.sealer.failed
+        if failed:
+            self.sealer.failed = []
+        return failed
+
+    # -- what the engine has decided ---------------------------------------------------------------------------
+
+    def learn_out(self, mark: int, tag: int = 0, size: int = 0, size_until: float = 0.0) -> None:
+        """The engine has just sealed a packet: it may do without for the flow's next ones.
+
+        ``mark`` is that of the socket's policy, ``tag`` the reqid of the interface that it was routed into; a
+        super-packet had segments with ``size`` octets of data, which is believed up to ``size_until``.
+        """
+        bundle = self._outbound.settled(mark)
+        view = self._outbound.view
+        if bundle is None or not bundle.single or view.protocol not in _PORTS or view.fragment_word & 0x3FFF:
+            return
+        step = bundle.first
+        way = self._way_of(step) if isinstance(step, EspStep) else None
+        if way is None:
+            return
+        key = flow_key(view, mark, tag)
+        mtu, until = self._path_mtu.mtu_of(bundle.dst), self._path_mtu.until(bundle.dst)
+        flow = self.sealer.flows.get(key)
+        if flow is None or flow.way is not way:
+            flow = self._compiled_sealer.Flow(way, mtu, until)
+            self.sealer.add(key, flow)
+        flow.mtu, flow.mtu_until = mtu, until
+        if size:
+            flow.size, flow.size_until = size, size_until
+
+    def learn_in(self) -> None:
+        """The engine has just opened what the opener had left alone: it may do without for the next ones."""
+        key, flow = self.opener.refused_sa, self.opener.refused_flow
+        if flow is not None:
+            self._allow(key, flow)
+        elif isinstance(key, bytes):
+            ready = self._inbound.ready((key[:-4], _ESP, int.from_bytes(key[-4:], "big")))
+            if isinstance(ready, EspReady) and isinstance(ready.cipher, compiled.aead.Aead):  # type: ignore[union-attr]
+                self._know(key, ready)
+
+    def _know(self, key: bytes, ready: EspReady) -> None:
+        sa = ready.sa
+        if sa.mode is Mode.TRANSPORT:
+            return
+        peer, port = ready.peer
+        made = self._compiled_opener.Sa(
+            ready.cipher, self._compiled_sealer.Limits(sa.slot, *ready.limits), sa.spi, sa.esn, ready.window.size,
+            max(ready.window.mask, 0), sa.natt is not None, peer, port, ready,
+        )  # fmt: skip
+        self.opener.add(key, made)
+
+    def _allow(self, sa: Any, flow: bytes) -> None:
+        ready: InboundSa = sa.owner
+        half = (len(flow) - 5) // 2
+        sport, dport, protocol = _flow(flow, 2 * half)
+        reqid = self._inbound.admits(
+            (flow[:half], flow[half : 2 * half], protocol, sport, dport), ready.as_tunnel
+        )
+        if reqid is None:
+            return
+        target = self._targets.get(reqid)
+        if target is None:
+            device = self._devices(reqid) if reqid else self._enc0
+            if device is None or not device.vnet_hdr:
+                return
+            failure = Counter.INTERFACE_DOWN if reqid else Counter.INJECT_FAILED
+            target = self._targets[reqid] = self._compiled_opener.Target(
+                device.fd, device.coalescing, device.datagrams, int(failure), device
+            )
+        self.opener.allow(sa, flow, target)
+
+    def _way_of(self, step: EspStep) -> Any:
+        """The step as the sealer knows it; None: it is not simple enough."""
+        limits = step.limits
+        found = self._ways.get(step)
+        if found is not None and found[0] == limits:
+            return found[1]
+        outer, sa = step.outer, step.sa
+        if step.bulk is None or outer is None or (len(sa.dst) == 16 and sa.dst[0] == 0xFE):
+            return None
+        family = socket.AF_INET if len(sa.dst) == 4 else socket.AF_INET6
+        front, options, port = outer.build(0, 0, False, 0, 0), b"", 0
+        if sa.natt is not None:
+            front, port = natt.wrap(front, sa.natt, 0), sa.natt.dport
+        burst: Any = None
+        if step.bursts and sa.natt is not None:
+            if self._udp is None:
+                return None
+            sockets = self._udp.descriptors(family)
+            if sockets is None:
+                return None
+            plain, df = sockets
+            options = _options(sa.src)
+            burst = _burst_maker(sa.src, sa.dst, sa.natt.sport, sa.natt.dport)
+        else:
+            plain = df = self._output.descriptor(family)
+            port = 0
+        tos_mask, dfbit = outer.rules
+        way = self._compiled_sealer.Way(
+            step.bulk, self._compiled_sealer.Limits(sa.slot, *limits), step.sequence.take, front,
+            _sockaddr(family, sa.dst, port), options, sa.spi, sa.esn, outer.identification(0), tos_mask, dfbit, plain,
+            df, step.bursts, burst,
+        )  # fmt: skip
+        self._ways[step] = (limits, way)
+        return way
+
+
+def _burst_maker(src: bytes, dst: bytes, sport: int, dport: int) -> Callable[..., Burst]:
+    def make(tos: int, df: bool, label: int, identification: int, size: int, number: int, data: bytes) -> Burst:
+        return Burst(src, dst, sport, dport, tos, df, label, identification, size, number, data)
+
+    return make
+
+
+def _sockaddr(family: socket.AddressFamily, address: bytes, port: int) -> bytes:
+    """struct sockaddr_in or sockaddr_in6."""
+    head = struct.pack("=H", family) + port.to_bytes(2, "big")
+    return head + address + bytes(8) if family == socket.AF_INET else head + bytes(4) + address + bytes(4)
+
+
+def _options(src: bytes) -> bytes:
+    """Control messages of a burst from ``src`` (cmsg(3)); the sealer fills in size, TOS and flow label."""
+    messages = [_control(SOL_UDP, UDP_SEGMENT, bytes(2))]
+    if len(src) == 4:
+        messages.append(_control(socket.IPPROTO_IP, socket.IP_TOS, bytes(4)))
+        messages.append(_control(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, src, bytes(4))))
+    else:
+        messages.append(_control(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, bytes(4)))
+        messages.append(_control(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", src, 0)))
+        messages.append(_control(socket.IPPROTO_IPV6, IPV6_FLOWINFO, bytes(4)))
+    return b"".join(messages)
+
+
+def _control(level: int, kind: int, data: bytes) -> bytes:
+    return struct.pack("=Qii", 16 + len(data), level, kind) + data + bytes(-len(data) % 8)
+
+
+def wanted() -> bool:
+    """Whether there is a fast path here: compiled, and not switched off by ``IPSECQ_SLOW=1`` in the environment."""
+    return compiled.active and os.environ.get("IPSECQ_SLOW", "") in {"", "0"}

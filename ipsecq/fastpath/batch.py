@@ -1,0 +1,218 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, annotation_typing=True
+"""A batch from a queue, or from the device of a route-based tunnel, by the fast path alone.
+
+:class:`FastPath` reads what is there, lets :class:`Sealer` and :class:`Opener` take packets up to the first one that they
+leave alone, sends what they made and the verdicts, and says where the rest begins.  The rest is the engine's.
+"""
+
+import cython
+
+if not cython.compiled:
+    raise ImportError("this module only works compiled")
+
+from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cython.cimports.ipsecq.compiled.octets import get32, put32
+from cython.cimports.ipsecq.fastpath.opener import Opener
+from cython.cimports.ipsecq.fastpath.sealer import Sealer
+from cython.cimports.ipsecq.fastpath.sockets import (
+    CLOCK_MONOTONIC,
+    CLOCK_REALTIME,
+    MSG_DONTWAIT,
+    clock_gettime,
+    mmsghdr,
+    recvmmsg,
+    send,
+    timespec,
+)
+from cython.cimports.libc.errno import errno
+from cython.cimports.libc.stdint import uint16_t, uint32_t, uint64_t
+from cython.cimports.libc.string import memcpy
+
+from ipsecq.counters import HISTOGRAM_BASE as _HISTOGRAM_BASE
+from ipsecq.counters import HISTOGRAM_BOUNDS, Counter
+from ipsecq.counters import HISTOGRAM_SUM_NS as _HISTOGRAM_SUM_NS
+
+MSG_PACKET = cython.declare(cython.int, 0x300)
+FIRST = cython.declare(cython.Py_ssize_t, 20)
+"""Offset of the first attribute: netlink header and nfgenmsg."""
+FORWARD = cython.declare(cython.int, 2)
+"""NF_INET_FORWARD: from here on a packet is on its way out."""
+CSUMNOTREADY = cython.declare(uint32_t, 1)
+GSO = cython.declare(uint32_t, 2)
+NF_DROP = cython.declare(uint32_t, 0)
+NF_ACCEPT = cython.declare(uint32_t, 1)
+VERDICT = cython.declare(cython.Py_ssize_t, 40)
+MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
+
+BATCHES = cython.declare(cython.Py_ssize_t, int(Counter.BATCHES))
+BUSY_NS = cython.declare(cython.Py_ssize_t, int(Counter.BUSY_NS))
+HISTOGRAM_BASE = cython.declare(cython.Py_ssize_t, _HISTOGRAM_BASE)
+HISTOGRAM_SUM_NS = cython.declare(cython.Py_ssize_t, _HISTOGRAM_SUM_NS)
+
+
+@cython.cclass
+class FastPath:
+    """One worker's fast path.  ``done`` is how many packets of the last batch it took, ``last`` when (Unix seconds)."""
+
+    _sealer: Sealer
+    _opener: Opener
+    _stolen: uint32_t
+    _sockets: uint32_t
+    _bounds: uint64_t[32]
+    _bound_count: cython.Py_ssize_t
+    _verdicts: cython.uchar[10240]
+    _used: cython.Py_ssize_t
+    _previous: cython.Py_ssize_t
+    done = cython.declare(cython.Py_ssize_t, visibility="readonly")
+    partial = cython.declare(cython.bint, visibility="readonly")
+
+    def __init__(self, sealer: Sealer, opener: Opener, stolen, sockets):
+        """``stolen`` marks originals that egress has to drop, ``sockets`` are the mark's bits of socket policies."""
+        self._sealer, self._opener, self._stolen, self._sockets = sealer, opener, stolen, sockets
+        self._bound_count = 0
+        for bound in HISTOGRAM_BOUNDS:
+            self._bounds[self._bound_count] = round(bound * 1e9)
+            self._bound_count += 1
+
+    def step(self, descriptor: cython.int, vector: uint64_t, count: cython.Py_ssize_t, header: bytes):
+        """Read a batch into the messages at ``vector`` (struct mmsghdr, ``count`` of them) and do what can be done.
+
+        ``header`` is what a verdict message has behind its length.  Returns how many messages were read, or -errno;
+        ``done`` of them are finished, verdicts included.  ``partial``: the one behind these is a super-packet of which
+        ``opener.rest`` is left.  The second value is verdicts that the kernel did not take, which have to go first.
+        """
+        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), vector)
+        began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
+        got: cython.int = recvmmsg(
+            descriptor, messages, cython.cast(cython.uint, min(count, MAX_BATCH)), MSG_DONTWAIT, cython.NULL
+        )
+        self.done, self.partial, self._used, self._previous = 0, False, 0, -1
+        if got <= 0:
+            return -errno if got < 0 else 0, b""
+        now: cython.double = _nanoseconds(CLOCK_REALTIME) / 1e9
+        index: cython.Py_ssize_t
+        taken: cython.int = 1
+        for index in range(got):
+            taken = self._message(
+                cython.cast(cython.p_uchar, messages[index].msg_hdr.msg_iov.iov_base), messages[index].msg_len, header, now
+            )
+            if taken != 1:
+                break
+            self.done += 1
+        self.partial = taken == 2
+        lost: bytes = b""
+        if self._used and send(descriptor, self._verdicts, self._used, 0) < 0:
+            lost = PyBytes_FromStringAndSize(cython.cast(cython.p_char, self._verdicts), self._used)
+        self._sealer.flush()
+        self._opener.flush()
+        if self.done:
+            self._account(began, self.done)
+        return got, lost
+
+    @cython.cfunc
+    @cython.exceptval(-1, check=False)
+    def _message(
+        self, at: cython.p_uchar, size: cython.Py_ssize_t, header: bytes, now: cython.double
+    ) -> cython.int:
+        """One message of the queue: as :meth:`Opener.packet` says."""
+        kind: uint16_t
+        length: uint16_t
+        place: cython.Py_ssize_t = FIRST + 12
+        mark: uint32_t = 0
+        info: uint32_t = 0
+        start: cython.Py_ssize_t = 0
+        end: cython.Py_ssize_t = 0
+        if size < FIRST + 12:
+            return 0
+        memcpy(cython.address(kind), at + 4, 2)
+        memcpy(cython.address(length), at + FIRST, 2)
+        if kind != MSG_PACKET or length != 11:
+            return 0
+        memcpy(cython.address(kind), at + FIRST + 2, 2)
+        if kind != 1:  # NFQA_PACKET_HDR comes first
+            return 0
+        while place + 4 <= size:
+            memcpy(cython.address(length), at + place, 2)
+            memcpy(cython.address(kind), at + place + 2, 2)
+            kind &= 0x3FFF
+            if length < 4 or place + length > size:
+                return 0
+            if kind == 3 and length == 8:  # NFQA_MARK
+                mark = get32(at + place + 4)
+            elif kind == 10:  # NFQA_PAYLOAD
+                start, end = place + 4, place + length
+            elif kind == 13:  # NFQA_CAP_LEN: it did not fit
+                return 0
+            elif kind == 14 and length == 8:  # NFQA_SKB_INFO
+                info = get32(at + place + 4)
+            place += (length + 3) & ~3
+        if end <= start:
+            return 0
+        taken: cython.int
+        if at[30] < FORWARD:
+            taken = self._opener.packet(at + start, end - start, info & GSO != 0, now)
+            if taken == 1:
+                self._verdict(header, at + 24, NF_DROP, 0, False)
+        else:
+            taken = self._sealer.packet(
+                at + start, end - start, info & CSUMNOTREADY != 0, info & GSO != 0, 0, mark & self._sockets, 0, now
+            )
+            if taken == 1:
+                self._verdict(header, at + 24, NF_ACCEPT, mark | self._stolen, True)
+        return taken
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _verdict(
+        self, header: bytes, cookie: cython.p_uchar, verdict: uint32_t, mark: uint32_t, marked: cython.bint
+    ) -> cython.void:
+        """Note a batch verdict; one like the last one takes its place (:meth:`ipsecq.datapath.queue.Queue.add_verdict`)."""
+        size: uint32_t = 40 if marked else 32
+        before: cython.p_uchar = self._verdicts + (self._previous if self._previous >= 0 else 0)
+        if (
+            self._previous < 0
+            or self._used - self._previous != size
+            or get32(before + 24) != verdict
+            or (marked and get32(before + 36) != mark)
+        ):
+            self._previous = self._used
+            before = self._verdicts + self._used
+            self._used += size
+            memcpy(before, cython.address(size), 4)
+            memcpy(before + 4, PyBytes_AS_STRING(header), 16)
+            _attribute(before + 20, 12, 2)  # NFQA_VERDICT_HDR
+            put32(before + 24, verdict)
+            if marked:
+                _attribute(before + 32, 8, 3)  # NFQA_MARK
+                put32(before + 36, mark)
+        memcpy(before + 28, cookie, 4)
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _account(self, began: uint64_t, count: cython.Py_ssize_t) -> cython.void:
+        """How long the batch took, and each of its packets."""
+        elapsed: uint64_t = _nanoseconds(CLOCK_MONOTONIC) - began
+        counters: cython.pointer(uint64_t) = self._sealer.counters
+        each: uint64_t = elapsed // cython.cast(uint64_t, count)
+        bucket: cython.Py_ssize_t = 0
+        while bucket < self._bound_count and self._bounds[bucket] < each:
+            bucket += 1
+        counters[BATCHES] += 1
+        counters[BUSY_NS] += elapsed
+        counters[HISTOGRAM_BASE + bucket] += count
+        counters[HISTOGRAM_SUM_NS] += elapsed
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _attribute(at: cython.p_uchar, length: uint16_t, kind: uint16_t) -> cython.void:
+    memcpy(at, cython.address(length), 2)
+    memcpy(at + 2, cython.address(kind), 2)
+
+
+@cython.cfunc
+@cython.exceptval(check=False)
+def _nanoseconds(clock: cython.int) -> uint64_t:
+    now: timespec
+    clock_gettime(clock, cython.address(now))
+    return cython.cast(uint64_t, now.tv_sec) * 1000000000 + cython.cast(uint64_t, now.tv_nsec)

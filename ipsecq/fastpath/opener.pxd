@@ -1,0 +1,66 @@
+# What the other compiled modules use of opener.py.
+
+from ipsecq.compiled.aead cimport Aead
+from ipsecq.compiled.rows cimport Shape
+from ipsecq.fastpath.sealer cimport Limits
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+
+cdef class Target:
+    cdef int descriptor
+    cdef bint coalescing
+    cdef bint datagrams
+    cdef Py_ssize_t failure
+    cdef public object device
+
+
+cdef class Sa:
+    cdef Aead aead
+    cdef Limits limits
+    cdef uint32_t spi
+    cdef bint esn
+    cdef uint64_t window
+    cdef uint64_t mask
+    cdef bint natt
+    cdef unsigned char peer[16]
+    cdef uint32_t peer_port
+    cdef public dict allowed
+    cdef public object owner
+
+    cdef int64_t check(self, uint64_t *words, uint32_t low) noexcept
+    cdef void update(self, uint64_t *words, uint64_t sequence) noexcept
+
+
+cdef class Opener:
+    cdef object _counters_owner
+    cdef object _words_owner
+    cdef uint64_t *counters
+    cdef uint64_t *words
+    cdef public dict sas
+    cdef public object refused_sa
+    cdef public object refused_flow
+    cdef public object rest
+    cdef public object collected
+    cdef unsigned int _ports[4]
+    cdef Py_ssize_t _port_count
+    cdef Sa _last
+    cdef unsigned char _last_key[24]
+    cdef Py_ssize_t _last_length
+    cdef unsigned char *_scratch
+    # the run that is open
+    cdef unsigned char *_run
+    cdef unsigned char _before[128]
+    cdef Target _target
+    cdef Shape _shape
+    cdef Py_ssize_t _first
+    cdef Py_ssize_t _filled
+    cdef Py_ssize_t _count
+    cdef bint _closed
+
+    cdef int packet(self, unsigned char *at, Py_ssize_t captured, bint gso, double now) except -1
+    cdef int _piece(self, Sa sa, unsigned char *at, Py_ssize_t length, Py_ssize_t extra, double now) except -1
+    cdef Sa _find(self, unsigned char *at, Py_ssize_t offset, Py_ssize_t esp, bint udp)
+    cdef bint _natt_port(self, uint32_t port) noexcept
+    cdef int _deliver(self, unsigned char *at, Py_ssize_t length, Target target) except -1
+    cdef int flush(self) except -1
+    cdef int _write(self, Target target, unsigned char *virtio, unsigned char *at, Py_ssize_t length, Py_ssize_t number) except -1

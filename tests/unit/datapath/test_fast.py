@@ -1,0 +1,336 @@
+"""Packets that the fast path takes end as they do in the engine: the same octets out, the same counters, the same SAs."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from engine_peers import Peer, make_peer, policy, udp
+from engine_traffic import (
+    CHANGES,
+    INNER,
+    KINDS,
+    LANS,
+    OUTER,
+    STEPS,
+    association,
+    changed,
+    normal,
+    peers,
+    sources,
+    tcp,
+    united,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipsecq import compiled
+from ipsecq.counters import Counter
+from ipsecq.datapath.fast import FastPath
+from ipsecq.engine.emit import Burst, Emissions, Event
+from ipsecq.engine.inbound_run import InboundRuns
+from ipsecq.numbers import Mode
+from ipsecq.packet.segments import split
+from ipsecq.sa.association import Lifetime, NatTraversal
+
+pytestmark = pytest.mark.skipif(not compiled.active, reason=f"compiled modules: {compiled.missing}")
+
+
+@dataclass
+class Fast:
+    """A peer with a fast path in front of its engine.  Nothing is sent: what would be is kept."""
+
+    peer: Peer
+    taken: int = 0
+    events: list[Event] = field(default_factory=list)
+    paths: SimpleNamespace = field(init=False)
+    path: FastPath = field(init=False)
+
+    def __post_init__(self):
+        peer = self.peer
+        self.paths = SimpleNamespace(version=0, mtu_of=lambda dst: peer.mtu, until=lambda dst: peer.now + 1.0)
+        output = SimpleNamespace(descriptor=lambda family: -1)
+        sockets = SimpleNamespace(descriptors=lambda family: (-1, -1))
+        device = SimpleNamespace(fd=-1, vnet_hdr=True, coalescing=True, datagrams=True)
+        self.path = FastPath(
+            peer.tables, peer.outbound, peer.inbound, self.paths, output, sockets, device, lambda reqid: None, None,
+            mark_stolen=1, mark_sockets=0, collect=True,
+        )  # fmt: skip
+
+    def send(self, packet: bytes, size: int = 0, *, unfinished: bool = False) -> list[bytes]:
+        """The datagrams that a packet becomes, a super-packet's of segments with ``size`` octets."""
+        peer, path = self.peer, self.path
+        if path.ready() and path.sealer.seal(packet, unfinished, size != 0, size, 0, 0, peer.now):
+            self.taken += 1
+            return []
+        before = self.finish()
+        emit = Emissions()
+        if size:
+            for piece in split(packet, size):
+                peer.outbound.process(piece, peer.now, emit)
+        else:
+            peer.outbound.process(packet, peer.now, emit)
+        path.learn_out(0)
+        if emit.events:
+            path.forget()
+        return before + emit.wire + [each for _, burst in emit.bursts for each in burst.datagrams()]
+
+    def finish(self) -> list[bytes]:
+        """What the sealer has made."""
+        sealer = self.path.sealer
+        sealer.finish()
+        made, sealer.collected = sealer.collected, []
+        return [each for one in made for each in (one.datagrams() if isinstance(one, Burst) else [one])]
+
+    def receive(self, datagrams: list[bytes], *, gso: bool = False) -> list[bytes]:
+        """The packets that come out of datagrams."""
+        peer, path, out = self.peer, self.path, []
+        for datagram in datagrams:
+            took = path.opener.open(datagram, gso, peer.now) if path.ready() else 0
+            self.taken += took == 1
+            if took == 1:
+                continue
+            out += self.opened()
+            emit = Emissions()
+            for each in path.opener.rest if took == 2 else [datagram]:
+                if gso and took != 2:
+                    assert isinstance(peer.inbound, InboundRuns)
+                    peer.inbound.process_super(each, peer.now, emit)
+                else:
+                    peer.inbound.process(each, peer.now, emit)
+            path.opener.rest = []
+            if took != 2:
+                path.learn_in()
+            out += emit.inner
+            self.events += emit.events
+            if emit.events:
+                path.forget()
+        return out + self.opened()
+
+    def opened(self) -> list[bytes]:
+        """What the opener has put together, taken apart again as the kernel would."""
+        opener, out = self.path.opener, []
+        opener.finish()
+        for virtio, packet in opener.collected:
+            flags, kind, header, size, offset, place = struct.unpack("=BBHHHH", virtio)
+            if not kind:
+                assert (flags, header, size, offset, place) == (0, 0, 0, 0, 0)
+                out.append(packet)
+                continue
+            udp_run = kind == 5
+            assert flags == 1
+            assert kind in {1 if packet[0] >> 4 == 4 else 4, 5}
+            assert place == (6 if udp_run else 16)
+            assert offset == (20 if packet[0] >> 4 == 4 else 40)
+            assert header == offset + (8 if udp_run else packet[offset + 12] >> 4 << 2)
+            out += split(packet, size)
+        opener.collected = []
+        return out
+
+
+def alike(one: Peer, other: Peer) -> None:
+    """All counts but how often the flow cache was asked: the fast path has its own."""
+    left, right = one.tables.counters.tolist(), other.tables.counters.tolist()
+    right[Counter.COALESCED] = left[Counter.COALESCED]
+    right[Counter.SUPER_PACKETS] = left[Counter.SUPER_PACKETS]
+    assert {Counter(n): (a, b) for n, (a, b) in enumerate(zip(left, right, strict=True)) if a != b} == {}
+    assert one.tables.words.tolist() == other.tables.words.tolist()
+
+
+def senders(sa, outer: int, **more) -> tuple[Peer, Fast]:
+    out = [policy("out", *LANS[version], f"ipsec esp/tunnel/{'-'.join(OUTER[outer])}/require") for version in (4, 6)]
+    single, other = (make_peer([sa], out, **more) for _ in range(2))
+    other.tables.burst_ports = frozenset({4500})
+    return single, Fast(other)
+
+
+@pytest.mark.parametrize("kind", ["gcm", "chacha"])
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("udp_encapsulated", [False, True])
+@pytest.mark.parametrize("dfbit", [0, 1, 2])
+def test_a_flow_that_is_known_is_sealed_to_the_octet(kind, outer, inner, udp_encapsulated, dfbit):
+    sa = association(kind, outer, natt=NatTraversal(dport=30000) if udp_encapsulated else None)
+    single, fast = senders(sa, outer, knobs={"net.inet.ipsec.dfbit": dfbit, "net.inet.ipsec.ecn": 1})
+    packets = [
+        *[tcp(inner, size, flags=flags, tos=tos, seq=size) for size in (0, 1, 2, 3, 700, 1300) for flags, tos in
+          ((0x10, 0), (0x18, 0x2B))],
+        *[udp(*INNER[inner], bytes([n]) * n, df=n % 2 == 0) for n in range(40)],
+        *[udp(*INNER[inner], bytes(64)) for n in range(70)],
+    ]  # fmt: skip
+    wire = [datagram for packet in packets for datagram in single.send(packet)[1]]
+    made = [datagram for packet in packets for datagram in fast.send(packet)] + fast.finish()
+    assert made == wire
+    assert fast.taken == len(packets) - 2
+    alike(single, fast.peer)
+
+
+@pytest.mark.parametrize("kind", ["gcm", "chacha"])
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("udp_encapsulated", [False, True])
+@pytest.mark.parametrize("size", [1300, 501, 33])
+def test_a_super_packet_becomes_its_segments_to_the_octet(kind, outer, inner, udp_encapsulated, size):
+    sa = association(kind, outer, natt=NatTraversal() if udp_encapsulated else None)
+    single, fast = senders(sa, outer)
+    first = tcp(inner, 10)
+    wire = single.send(first)[1]
+    made = fast.send(first)
+    for flags, length in ((0x18, 40000), (0x11, 39999), (0x90, 13000), (0x10, 3 * size)):
+        packet = tcp(inner, length, flags=flags, tos=2, seq=2**32 - 5000, options=b"\1\1\x08\n" + bytes(8))
+        wire += [datagram for piece in split(packet, size) for datagram in single.send(piece)[1]]
+        made += fast.send(packet, size)
+    assert made + fast.finish() == wire
+    assert fast.taken == 4
+    alike(single, fast.peer)
+
+
+def test_a_checksum_that_is_not_filled_in_is():
+    single, fast = senders(association("gcm", 4), 4)
+    for inner in (4, 6):
+        for packet, place in ((tcp(inner, 501), 16), (udp(*INNER[inner], b"odd"), 6)):
+            at = (20 if inner == 4 else 40) + place
+            unfinished = packet[:at] + b"\x12\x34" + packet[at + 2 :]
+            wire = single.send(packet)[1] + single.send(packet)[1]
+            assert fast.send(packet) + fast.send(unfinished, unfinished=True) + fast.finish() == wire
+    assert fast.taken == 4
+
+
+@pytest.mark.parametrize("limit", ["allocations", "bytes"])
+@pytest.mark.parametrize("which", ["soft", "hard"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_limits_on_the_way_out_are_met_to_the_packet(limit, which, size):
+    sa = association("gcm", 4, **{which: Lifetime(**{limit: {"allocations": 23, "bytes": 23 * 140 + 5}[limit]})})
+    single, fast = senders(sa, 4)
+    packet = tcp(4, 700 if size else 100)
+    wire, made = [], []
+    for _ in range(12 if size else 40):
+        wire += [datagram for piece in (split(packet, size) if size else [packet]) for datagram in single.send(piece)[1]]
+        made += fast.send(packet, size)
+    assert made + fast.finish() == wire
+    assert fast.taken > 1
+    alike(single, fast.peer)
+
+
+def test_what_changes_is_noticed_at_the_next_packet():
+    _, fast = senders(association("gcm", 4), 4)
+    packet = udp(*INNER[4], bytes(1000), df=True)
+    for _ in range(3):
+        fast.send(packet)
+    assert fast.taken == 2
+    fast.peer.tables.sysctl.set("net.inet.ipsec.dfbit", 1)
+    fast.send(packet)
+    assert fast.taken == 2
+    fast.finish()
+    fast.send(packet)
+    assert fast.taken == 3
+    fast.paths.version += 1  # a route
+    fast.peer.mtu = 900
+    fast.send(packet)
+    assert fast.taken == 3
+    assert fast.peer.count(Counter.IP_TOOBIG) == 1
+    fast.peer.mtu = 1500
+    fast.send(packet)
+    fast.peer.now += 2.0  # what was known about the path is old
+    fast.send(packet)
+    assert fast.taken == 3
+    fast.send(packet)
+    assert fast.taken == 4
+    fast.finish()
+    fast.peer.tables.sad.flush()
+    assert fast.send(packet) + fast.finish() == []
+    assert fast.taken == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+@pytest.mark.parametrize("udp_encapsulated", [False, True])
+def test_a_bulk_transfer_is_opened_and_put_together(kind, outer, inner, udp_encapsulated):
+    left, one, other = peers(association(kind, outer, natt=NatTraversal() if udp_encapsulated else None), outer)
+    fast = Fast(other)
+    packets = [*split(tcp(inner, 20 * 1348 + 100, flags=0x18), 1348), *[udp(*INNER[inner], bytes(64), df=True)] * 30]
+    wire = [left.send(piece)[1][0] for piece in packets]
+    single = Emissions()
+    for datagram in wire:
+        one.inbound.process(datagram, one.now, single)
+    assert [normal(packet) for packet in fast.receive(wire)] == [normal(packet) for packet in single.inner]
+    assert fast.taken == (0 if kind == "cbc" else len(wire) - 3)
+    if kind != "cbc":
+        assert other.count(Counter.COALESCED) > 40
+    alike(one, other)
+
+
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("damage", [None, 0, 5, 11])
+def test_a_super_packet_of_esp_in_udp_ends_as_its_datagrams_do(outer, damage):
+    left, one, other = peers(association("gcm", outer, natt=NatTraversal()), outer)
+    other.inbound = InboundRuns(other.tables)
+    fast = Fast(other)
+    first = [left.send(piece)[1][0] for piece in split(tcp(4, 3000), 1000)]
+    wire = [left.send(piece)[1][0] for piece in split(tcp(4, 11 * 1348 + 300, seq=4000), 1348)]
+    if damage is not None:
+        wire[damage] = wire[damage][:-1] + bytes([wire[damage][-1] ^ 1])
+    single = Emissions()
+    for datagram in [*first, *wire]:
+        one.inbound.process(datagram, one.now, single)
+    got = fast.receive(first) + fast.receive([united(wire)], gso=True)
+    assert [normal(packet) for packet in got] == [normal(packet) for packet in single.inner]
+    assert len(single.inner) == 3 + (12 if damage is None else 11)
+    assert fast.taken == 1 + (damage is None)
+    alike(one, other)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    kind=st.sampled_from(["gcm", "chacha"]), outer=st.sampled_from([4, 6]), udp_encapsulated=st.booleans(),
+    esn=st.booleans(), window=st.sampled_from([0, 32, 64, 1024]), mode=st.sampled_from([Mode.TUNNEL, Mode.ANY]),
+    limits=st.sampled_from([{}, {"soft": Lifetime(bytes=20000)}, {"hard": Lifetime(allocations=40)}]),
+    batches=st.lists(st.tuples(st.lists(st.tuples(STEPS, st.sampled_from([4, 6])), max_size=5), CHANGES), max_size=4),
+    start=st.sampled_from([1, 100, 2**32 - 40]),
+)  # fmt: skip
+def test_any_mix_ends_as_it_does_in_the_engine(kind, outer, udp_encapsulated, esn, window, mode, limits, batches, start):
+    """On the way out and on the way in; what the network has changed in between goes to both receivers."""
+    natt = NatTraversal(rebind=True) if udp_encapsulated else None
+    sa = association(kind, outer, natt=natt, esn=esn, replay_window=window or (64 if esn else 0), mode=mode, **limits)
+    left, one, other = peers(sa, outer)
+    sender = Fast(peers(sa, outer)[0])
+    sender.peer.tables.burst_ports = frozenset({4500})
+    fast = Fast(other)
+    for peer in (left, one, other, sender.peer):
+        slot = peer.tables.sad.inbound(sa.key).slot
+        peer.tables.words[slot + 1] = start
+        peer.tables.words[slot + 3] = start - 1
+    seq = 1000
+    for steps, changes in batches:
+        wire, made = [], []
+        for step, version in steps:
+            for packet in sources(step, version, seq):
+                wire += left.send(packet)[1]
+                made += sender.send(packet)
+            seq += 70000
+        assert made + sender.finish() == wire
+        alike(left, sender.peer)
+        arriving = changed(wire, changes)
+        single = Emissions()
+        for datagram in arriving:
+            one.inbound.process(datagram, one.now, single)
+        assert [normal(packet) for packet in fast.receive(arriving)] == [normal(packet) for packet in single.inner]
+        assert fast.events == single.events
+        fast.events = []
+        alike(one, other)
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\x45\x00", b"\x60\x00"]), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_octets_are_left_to_the_engine(octets, start, gso):
+    left, _, other = peers(association("gcm", 4, natt=NatTraversal()), 4)
+    fast = Fast(other)
+    fast.receive([left.send(udp(*INNER[4], b"first"))[1][0]])
+    packet = start + octets
+    before = other.tables.counters.tolist(), other.tables.words.tolist()
+    assert fast.path.opener.open(packet, gso, 1000.0) == 0
+    assert not fast.path.sealer.seal(packet, False, gso, 0, 0, 0, 1000.0)
+    assert before == (other.tables.counters.tolist(), other.tables.words.tolist())
