@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from ipsecq import compiled
 from ipsecq.counters import Counter, Offload
 from ipsecq.daemon.options import OffloadConfig
 from ipsecq.metrics.source import OffloadSample, WorkerSample
 
 _SWITCH: Final = {
     Offload.GSO: "gso", Offload.COALESCE: "coalesce", Offload.COALESCE_UDP: "coalesce", Offload.UDP_SEGMENT: "udp_segment",
+    Offload.COMPILED: "compiled",
 }  # fmt: skip
 _REFUSED: Final = {
     Offload.GSO: "this kernel's queues give out no super-packets (NFQA_CFG_F_GSO): packets come one by one",
     Offload.COALESCE: "the enc device has no virtio header: packets enter one by one",
     Offload.COALESCE_UDP: "this kernel's TUN takes no UDP super-packets (TUN_F_USO, Linux 6.2): datagrams enter one by one",
     Offload.UDP_SEGMENT: "this kernel has no UDP_SEGMENT (Linux 4.18): datagrams leave one by one",
+    Offload.COMPILED: "the compiled code is not here: packets go through the interpreter",
 }
 
 
@@ -43,5 +46,7 @@ def samples(
             why = _REFUSED[offload]
             if offload is Offload.UDP_SEGMENT and udp_problem:
                 why += f" ({udp_problem})"
+            if offload is Offload.COMPILED and compiled.missing:
+                why += f" ({compiled.missing})"
         found.append(OffloadSample(str(offload.name).lower(), users, bool(running) and len(users) == len(running), why))
     return tuple(found)

@@ -194,6 +194,12 @@ class OffloadConfig:
         "from sockets of our own; our table makes their source port the first of natt_ports.",
         restart=True,
     )
+    compiled: bool = _option(
+        True,
+        "Let compiled code seal and open the packets of flows that are decided about (AES-GCM and ChaCha20-Poly1305 in "
+        "tunnel mode), where it was built when ipsecq was installed.",
+        restart=True,
+    )
 
 
 @dataclass(slots=True, frozen=True)

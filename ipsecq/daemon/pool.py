@@ -80,12 +80,17 @@ class WorkerPool:
         kept: Sequence[int],
         first_state: Callable[[int], Iterable[Operation]],
         on_report: Callable[[WorkerHandle, dict[str, Any]], None],
+        environment: dict[str, str],
     ) -> None:
-        """``descriptors``: name of a worker's option → descriptor; ``kept``: more of them that workers hold open."""
+        """``descriptors``: name of a worker's option → descriptor; ``kept``: more of them that workers hold open.
+
+        ``environment`` is added to the workers'.
+        """
         self.workers = [WorkerHandle(index, queues(index), pages.page(index)) for index in range(len(pages))]
         self.generation = 0
         self._descriptors, self._kept = descriptors, kept
         self._first_state, self._on_report = first_state, on_report
+        self._environment = environment
         self._changed = asyncio.Event()
         self._stopping = False
         self._timers: set[asyncio.TimerHandle] = set()
@@ -199,7 +204,7 @@ class WorkerPool:
                 [sys.executable, "-m", "ipsecq.daemon.worker", *(f"--{name}={value}" for name, value in numbers.items())],
                 pass_fds=[*descriptors.values(), *self._kept],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **settings},
+                env={**os.environ, **self._environment, **settings},
             )
         except OSError as error:
             mine.close()

@@ -174,6 +174,7 @@ class Supervisor:
             [lock.descriptor, *self.ruleset.udp.descriptors],
             self._first_state,
             self._report,
+            {} if self.config.offload.compiled else {"IPSECQ_PURE": "1"},
         )
         stack.callback(self._settle)
         self.taps = TapServer(config.tap_socket, self.pool, self.authority.sysctl)

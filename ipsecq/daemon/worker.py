@@ -21,6 +21,7 @@ import time
 from collections.abc import MutableSequence, Sequence
 from typing import Any, Final, cast
 
+from ipsecq import compiled
 from ipsecq.counters import Counter
 from ipsecq.daemon import privileges
 from ipsecq.daemon.leases import LeaseBook
@@ -31,7 +32,7 @@ from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.taprequest import MIRROR
 from ipsecq.datapath.droplog import DropLog
 from ipsecq.datapath.enc0 import Enc0
-from ipsecq.datapath.fast import FastPath, wanted
+from ipsecq.datapath.fast import FastPath
 from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
@@ -175,7 +176,7 @@ class Worker:
         fast = FastPath(
             tables, outbound, inbound, path_mtu, output, udp, enc0, routed.device, taps,
             mark_stolen=setup.mark_stolen, mark_sockets=setup.mark_sockets,
-        ) if wanted() else None  # fmt: skip
+        ) if compiled.active else None  # fmt: skip
         routed.fast = fast
         self._loop = WorkerLoop(
             queue,

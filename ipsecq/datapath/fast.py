@@ -7,7 +7,6 @@ whenever an SA, a policy, a knob or a route changes, and while somebody watches 
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
@@ -54,9 +53,7 @@ class FastPath:
         udp: UdpOutput | None, enc0: Enc0 | None, devices: Callable[[int], Enc0 | None], taps: Taps | None,
         *, mark_stolen: int, mark_sockets: int, collect: bool = False,
     ) -> None:  # fmt: skip
-        """The parts that it stands beside; ImportError where it was not compiled.  ``collect``: send nothing (tests)."""
-        if not compiled.active:
-            raise ImportError(compiled.missing)
+        """The parts that it stands beside; only where :data:`ipsecq.compiled.active`.  ``collect``: send nothing (tests)."""
         self._compiled_sealer: Any = import_module("ipsecq.fastpath.sealer")
         self._compiled_opener: Any = import_module("ipsecq.fastpath.opener")
         self._tables, self._outbound, self._inbound, self._path_mtu = tables, outbound, inbound, path_mtu
@@ -263,8 +260,3 @@ def _options(src: bytes) -> bytes:
 
 def _control(level: int, kind: int, data: bytes) -> bytes:
     return struct.pack("=Qii", 16 + len(data), level, kind) + data + bytes(-len(data) % 8)
-
-
-def wanted() -> bool:
-    """Whether there is a fast path here: compiled, and not switched off by ``IPSECQ_SLOW=1`` in the environment."""
-    return compiled.active and os.environ.get("IPSECQ_SLOW", "") in {"", "0"}

@@ -8,8 +8,8 @@ from ipsecq.lab.traffic import MARKER, ping, tcp, udp_echo
 
 pytestmark = pytest.mark.root
 
-SWITCHES = ["gso", "coalesce", "udp_segment"]
-OFF = {None: set(), "gso": {"gso"}, "coalesce": {"coalesce", "coalesce_udp"}, "udp_segment": {"udp_segment"}}
+SWITCHES = ["gso", "coalesce", "udp_segment", "compiled"]
+OFF = {None: set(), **{name: {name} for name in SWITCHES}, "coalesce": {"coalesce", "coalesce_udp"}}
 
 
 @pytest.mark.parametrize("off", [None, *SWITCHES])

@@ -9,7 +9,7 @@ from ipsecq.daemon.options import OffloadConfig
 from ipsecq.metrics import live
 from ipsecq.metrics.source import WorkerSample
 
-ALL = Offload.GSO | Offload.COALESCE | Offload.COALESCE_UDP | Offload.UDP_SEGMENT
+ALL = Offload.GSO | Offload.COALESCE | Offload.COALESCE_UDP | Offload.UDP_SEGMENT | Offload.COMPILED
 
 
 def worker(index, has, *, up=True):
@@ -24,13 +24,14 @@ def shown(config, *workers, **more):
 
 def test_what_all_workers_have_needs_no_reason():
     found = shown(OffloadConfig(), worker(0, ALL), worker(1, ALL))
-    assert set(found) == {"gso", "coalesce", "coalesce_udp", "udp_segment"}
+    assert set(found) == {"gso", "coalesce", "coalesce_udp", "udp_segment", "compiled"}
     assert all(each.active and each.workers == (0, 1) and not each.why for each in found.values())
 
 
 @pytest.mark.parametrize(
     ("switch", "gone"),
-    [("gso", ["gso"]), ("coalesce", ["coalesce", "coalesce_udp"]), ("udp_segment", ["udp_segment"])],
+    [("gso", ["gso"]), ("coalesce", ["coalesce", "coalesce_udp"]), ("udp_segment", ["udp_segment"]),
+     ("compiled", ["compiled"])],
 )
 def test_a_switch_names_itself(switch, gone):
     has = ALL
@@ -70,6 +71,6 @@ def test_status_has_a_line_for_each_with_the_reason():
     samples = offloads.samples(OffloadConfig(coalesce=False), workers)
     lines = report.offloads([live.offload(each) for each in samples]).splitlines()
     assert lines[0].split() == ["offload", "state", "why", "not"]
-    assert [line.split()[0] for line in lines[1:]] == ["gso", "coalesce", "udp_segment", "coalesce_udp"]
+    assert [line.split()[0] for line in lines[1:]] == ["gso", "coalesce", "udp_segment", "coalesce_udp", "compiled"]
     assert lines[1].startswith("gso           in worker 0  this kernel's queues give out no super-packets")
     assert lines[3].split() == ["udp_segment", "in", "use"]
