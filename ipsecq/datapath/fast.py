@@ -19,7 +19,7 @@ from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.ipsecdev import Routed
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
-from ipsecq.datapath.queue import Packet, Queue
+from ipsecq.datapath.queue import Queue
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import IPV6_FLOWINFO, SOL_UDP, UDP_SEGMENT, UdpOutput
 from ipsecq.engine.emit import Burst
@@ -87,10 +87,10 @@ class FastPath:
 
     # -- packets ---------------------------------------------------------------------------------------------
 
-    def read(self, queue: Queue) -> tuple[int, list[Packet]]:
-        """Read a batch: how many packets are finished, and those behind them, which are the engine's.
+    def read(self, queue: Queue) -> tuple[int, int]:
+        """Read a batch: how many packets are finished, and how many there are.
 
-        ``left`` are datagrams of a super-packet, the first of these; they are the engine's in its place.
+        The first that is not finished is the engine's.  If it is a super-packet, ``left`` may be what is left of it.
         """
         path = self._path
         got, lost = path.step(queue.fd, queue.vector, queue.batch, queue.verdict_header)
@@ -98,9 +98,16 @@ class FastPath:
             queue.keep(lost)
         if got < 0:
             queue.refuse(-got)
-            return 0, []
-        done: int = path.done
-        return done, queue.rest(done, got) if got > done else []
+            return 0, 0
+        return path.done, got
+
+    def go_on(self, queue: Queue, first: int, got: int) -> int:
+        """Go on with packet ``first`` of the ``got`` that there are: how many are finished then."""
+        lost = self._path.go_on(queue.fd, queue.vector, first, got, queue.verdict_header)
+        if lost:
+            queue.keep(lost)
+        done: int = self._path.done
+        return done
 
     def seal(self, batch: Sequence[Routed], tag: int, now: float) -> int:
         """Take packets that were routed into the interface ``tag``, up to the first that is not known: how many."""
@@ -122,11 +129,14 @@ class FastPath:
         return rest
 
     @property
-    def failed(self) -> list[Burst | bytes]:
-        """What the kernel did not take and has to go another way."""
+    def failed(self) -> bool:
+        """The kernel did not take everything, and it has to go another way."""
+        return bool(self.sealer.failed)
+
+    def take_failed(self) -> list[Burst | bytes]:
+        """What that is."""
         failed: list[Burst | bytes] = self.sealer.failed
-        if failed:
-            self.sealer.failed = []
+        self.sealer.failed = []
         return failed
 
     # -- what the engine has decided ---------------------------------------------------------------------------

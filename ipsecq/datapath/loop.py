@@ -39,6 +39,9 @@ TICK: Final = 0.25
 MIN_RUN: Final = 4
 """Packets on their way out from which on a run is looked for."""
 
+FEW: Final = 8
+"""Packets that the engine takes where the fast path has left one alone."""
+
 BURST: Final = 64
 """Datagrams made of super-packets that are sent before the batch is finished."""
 
@@ -130,6 +133,8 @@ class WorkerLoop:
         """What the peer sent through an SA that is not here yet."""
         self._plain_queue = plain_queue
         self._taps, self._routed, self._fast = taps, routed, fast
+        self._changed, self._usable = True, False
+        """Whether what the fast path knows has to be looked at, and what was found."""
         self._sizes = SegmentSizes()
         self._emit = Emissions()
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
@@ -175,6 +180,7 @@ class WorkerLoop:
                     if queue is not None:
                         self.step(queue)
                     elif descriptor == self._control_fd:
+                        self._changed = True
                         if self._on_control is not None:
                             self._on_control()
                     elif self._enc0 is None or descriptor != self._enc0.fd:
@@ -199,6 +205,7 @@ class WorkerLoop:
     def tick(self) -> None:
         """What is due a few times a second: losses in the kernel, packets that waited too long."""
         counters = self._counters
+        self._changed = True
         lost = self._lost()
         counters[Counter.ENOBUFS] += max(lost - self._losses, 0)
         self._losses = lost
@@ -237,31 +244,57 @@ class WorkerLoop:
         if self._routed is not None:
             self._path_mtu.advance(self._clock())
             self._routed.step(descriptor, self._emit, self._send)
-            if self._fast is not None and (failed := self._fast.failed):
-                self._outward.resend(failed)
+            if self._fast is not None and self._fast.failed:
+                self._outward.resend(self._fast.take_failed())
 
     def _step(self, queue: Queue) -> int:
         self._active = queue
-        fast, finished = self._fast, 0
-        if fast is not None and queue is not self._plain_queue and fast.ready() and not queue.unsent:
-            finished, packets = fast.read(queue)
-            if failed := fast.failed:
-                self._outward.resend(failed)
-        else:
-            packets, fast = queue.read(), None
-        return finished + self._process(queue, packets, fast) if packets else finished
+        fast = self._fast
+        if fast is None or queue is self._plain_queue or queue.unsent:
+            packets = queue.read()
+            return self._process(queue, packets, None) if packets else 0
+        if self._changed:
+            self._usable, self._changed = fast.ready(), False
+        if not self._usable:
+            packets = queue.read()
+            return self._process(queue, packets, None) if packets else 0
+        finished, count = fast.read(queue)
+        if finished == count and not fast.failed:
+            return count
+        return self._mixed(queue, fast, finished, count)
+
+    def _mixed(self, queue: Queue, fast: FastPath, finished: int, count: int) -> int:
+        """A batch of ``count`` packets, of which the fast path has finished some and left the next one alone.
+
+        The engine takes a few from there on, then the fast path goes on: a packet that only the engine may refuse must not
+        cost those behind it the fast path.  Where it is many, they should be many at once: each time twice as many.
+        """
+        few = FEW
+        while True:
+            if fast.failed:
+                self._outward.resend(fast.take_failed())
+            if finished == count:
+                return count
+            if (left := fast.left) is not None:
+                self._finish_super(queue, queue.rest(finished, finished + 1), left)
+                finished += 1
+            else:
+                end = min(finished + few, count)
+                few *= 2
+                if packets := queue.rest(finished, end):
+                    self._process(queue, packets, fast)
+                finished = end
+            if finished < count and not self._sizes.diverted and not queue.unsent and fast.ready():
+                finished = fast.go_on(queue, finished, count)
 
     def _process(self, queue: Queue, packets: list[Packet], fast: FastPath | None) -> int:
         """Packets that the engine has to look at; ``fast`` has left the first of them alone."""
         start = time.perf_counter_ns()
         now = self._clock()
+        self._changed = True  # what the engine learns (a path MTU, a limit) the fast path has to know
         self._path_mtu.advance(now)
         count = len(packets)
         emit = self._emit
-        if fast is not None and (left := fast.left) is not None:
-            self._finish_super(left, now)
-            queue.add_verdict(packets.pop(0)[0], NF_DROP)
-            fast, count = None, count - 1
         outbound = self._engine_out.process
         add_verdict, stolen, sockets = queue.add_verdict, self._mark_stolen, self._mark_sockets
         diverted = self._sizes.diverted if queue is not self._plain_queue else None
@@ -316,14 +349,20 @@ class WorkerLoop:
         counters[HISTOGRAM_SUM_NS] += elapsed
         return count
 
-    def _finish_super(self, datagrams: list[bytes], now: float) -> None:
-        """Datagrams of a super-packet of which others have been delivered."""
-        for datagram in datagrams:
+    def _finish_super(self, queue: Queue, packets: list[Packet], left: list[bytes]) -> None:
+        """A super-packet of which the fast path has delivered all datagrams but those ``left``."""
+        now = self._clock()
+        self._changed = True
+        for packet in packets:
+            queue.add_verdict(packet[0], NF_DROP)
+        for datagram in left:
             try:
                 if self._engine_in.process(datagram, now, self._emit) == Fate.HOLD:
                     self._hold_inbound(datagram, now)
             except Exception:
                 self._refuse(0, now)
+        queue.flush()
+        self._send()
 
     def _outbound_run(self, packets: list[Packet], start: int, now: float) -> int:
         """Seal equal packets of one flow in one go, from packet ``start`` on: how many."""

@@ -82,17 +82,25 @@ class FastPath:
         ``opener.rest`` is left.  The second value is verdicts that the kernel did not take, which have to go first.
         """
         messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), vector)
-        began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
         got: cython.int = recvmmsg(
             descriptor, messages, cython.cast(cython.uint, min(count, MAX_BATCH)), MSG_DONTWAIT, cython.NULL
         )
-        self.done, self.partial, self._used, self._previous = 0, False, 0, -1
+        self.done = 0
         if got <= 0:
             return -errno if got < 0 else 0, b""
+        return got, self.go_on(descriptor, vector, 0, got, header)
+
+    def go_on(
+        self, descriptor: cython.int, vector: uint64_t, first: cython.Py_ssize_t, got: cython.Py_ssize_t, header: bytes
+    ) -> bytes:
+        """Go on with message ``first`` of the ``got`` that were read; returns verdicts that the kernel did not take."""
+        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), vector)
+        began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
         now: cython.double = _nanoseconds(CLOCK_REALTIME) / 1e9
         index: cython.Py_ssize_t
         taken: cython.int = 1
-        for index in range(got):
+        self.done, self.partial, self._used, self._previous = first, False, 0, -1
+        for index in range(first, got):
             taken = self._message(
                 cython.cast(cython.p_uchar, messages[index].msg_hdr.msg_iov.iov_base), messages[index].msg_len, header, now
             )
@@ -105,9 +113,9 @@ class FastPath:
             lost = PyBytes_FromStringAndSize(cython.cast(cython.p_char, self._verdicts), self._used)
         self._sealer.flush()
         self._opener.flush()
-        if self.done:
-            self._account(began, self.done)
-        return got, lost
+        if self.done > first:
+            self._account(began, self.done - first)
+        return lost
 
     @cython.cfunc
     @cython.exceptval(-1, check=False)
