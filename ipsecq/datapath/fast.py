@@ -65,6 +65,8 @@ class FastPath:
         )
         self._ways: dict[EspStep, tuple[object, Any]] = {}
         self._targets: dict[int, Any] = {}
+        self._places: dict[Queue, int] = {}
+        """The places of queues in the path."""
         self._generation: tuple[int, int, int, int] | None = None
 
     def ready(self) -> bool:
@@ -76,7 +78,8 @@ class FastPath:
         if generation != self._generation:
             self.forget()
             self._generation = generation
-        return self._taps is None or not self._taps.sinks
+        # Verdicts that the kernel had no room for go first, and that is the engine's way.
+        return (self._taps is None or not self._taps.sinks) and not any(queue.unsent for queue in self._places)
 
     def forget(self) -> None:
         """What the engine reports may be what something here stands on: a limit, a peer's address."""
@@ -87,15 +90,34 @@ class FastPath:
 
     # -- packets ---------------------------------------------------------------------------------------------
 
-    def read(self, queue: Queue) -> tuple[int, int]:
-        """Read a batch: how many packets are finished, and how many there are.
+    def register(self, queue: Queue) -> None:
+        """Serve this queue."""
+        self._path.register(queue.fd, queue.vector, queue.batch, queue.verdict_header)
+        self._places[queue] = len(self._places)
+
+    def serve(self, poll: int, until: float) -> tuple[int, int]:
+        """Wait and work until ``until`` (monotonic seconds), or until there is something that is not for the fast path.
+
+        ``poll`` is an epoll descriptor.  Returns a descriptor that is readable (-1: none), and the result of
+        :meth:`read` where it is that of a queue: :meth:`finished` of those packets are finished.
+        """
+        found: tuple[int, int] = self._path.serve(poll, until)
+        return found
+
+    def read(self, queue: Queue) -> int:
+        """Read a batch: how many packets there are, of which :meth:`finished` are finished.  -errno where that failed."""
+        got: int = self._path.step(self._places[queue])
+        return got
+
+    def finished(self, queue: Queue, got: int) -> tuple[int, int]:
+        """Of ``got`` packets that were read: how many are finished, and how many there are, once errors are dealt with.
 
         The first that is not finished is the engine's.  If it is a super-packet, ``left`` may be what is left of it.
         """
         path = self._path
-        got, lost = path.step(queue.fd, queue.vector, queue.batch, queue.verdict_header)
-        if lost:
-            queue.keep(lost)
+        if path.lost:
+            queue.keep(path.lost)
+            path.lost = b""
         if got < 0:
             queue.refuse(-got)
             return 0, 0
@@ -103,11 +125,8 @@ class FastPath:
 
     def go_on(self, queue: Queue, first: int, got: int) -> int:
         """Go on with packet ``first`` of the ``got`` that there are: how many are finished then."""
-        lost = self._path.go_on(queue.fd, queue.vector, first, got, queue.verdict_header)
-        if lost:
-            queue.keep(lost)
-        done: int = self._path.done
-        return done
+        self._path.go_on(self._places[queue], first, got)
+        return self.finished(queue, got)[0]
 
     def seal(self, batch: Sequence[Routed], tag: int, now: float) -> int:
         """Take packets that were routed into the interface ``tag``, up to the first that is not known: how many."""

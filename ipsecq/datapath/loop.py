@@ -143,6 +143,9 @@ class WorkerLoop:
         self._queues = [queue, *lanes] if plain_queue is None else [queue, *lanes, plain_queue]
         self._active = queue
         """The queue whose batch is in hand."""
+        if fast is not None:
+            for each in (queue, *lanes):
+                fast.register(each)
         self._losses, self._refused = self._lost(), (0, 0)
         counters[Counter.OFFLOADS] = (
             (Offload.GSO if queue.gso else 0)
@@ -171,26 +174,55 @@ class WorkerLoop:
                 poll.register(self._enc0.fd, select.EPOLLIN)
             if self._routed is not None:
                 self._routed.attach(poll)
-            counters = self._counters
             while not self._stopping:
-                ready = self._wait(poll)
-                counters[Counter.HEARTBEAT] += 1
-                for descriptor, _ in ready:
-                    queue = queues.get(descriptor)
-                    if queue is not None:
-                        self.step(queue)
-                    elif descriptor == self._control_fd:
-                        self._changed = True
-                        if self._on_control is not None:
-                            self._on_control()
-                    elif self._enc0 is None or descriptor != self._enc0.fd:
-                        self._step_routed(descriptor)
-                    else:
-                        self._enc0.discard()
+                fast = self._fast_now()
+                if fast is not None:
+                    self._serve(fast, poll, queues)
+                else:
+                    ready = self._wait(poll)
+                    self._counters[Counter.HEARTBEAT] += 1
+                    for descriptor, _ in ready:
+                        queue = queues.get(descriptor)
+                        if queue is not None:
+                            self.step(queue)
+                        else:
+                            self._other(descriptor)
                 moment = time.monotonic()
                 if moment >= self._next_tick:
                     self._next_tick = moment + TICK
                     self.tick()
+
+    def _fast_now(self) -> FastPath | None:
+        """The fast path, if it may be used now."""
+        fast = self._fast
+        if fast is not None and self._changed:
+            self._usable, self._changed = fast.ready(), False
+        return fast if self._usable else None
+
+    def _serve(self, fast: FastPath, poll: select.epoll, queues: dict[int, Queue]) -> None:
+        """Let the fast path work until there is something that it leaves to us."""
+        descriptor, got = fast.serve(poll.fileno(), self._next_tick)
+        queue = queues.get(descriptor)
+        if queue is None:
+            if descriptor >= 0:
+                self._other(descriptor)
+        elif queue is self._plain_queue:
+            self.step(queue)
+        else:
+            self._active = queue
+            self._mixed(queue, fast, *fast.finished(queue, got))
+            self._drain()
+
+    def _other(self, descriptor: int) -> None:
+        """Something that is no queue is readable."""
+        if descriptor == self._control_fd:
+            self._changed = True
+            if self._on_control is not None:
+                self._on_control()
+        elif self._enc0 is None or descriptor != self._enc0.fd:
+            self._step_routed(descriptor)
+        else:
+            self._enc0.discard()
 
     def _wait(self, poll: select.epoll) -> list[tuple[int, int]]:
         """What is ready; tells the taps how long nothing was, as they may have half of that time."""
@@ -230,8 +262,11 @@ class WorkerLoop:
 
     def step(self, queue: Queue) -> int:
         """Read one batch and finish it, and what of it went to the plain queue; returns the number of packets."""
-        count = self._step(queue)
-        plain = self._plain_queue
+        return self._step(queue) + self._drain()
+
+    def _drain(self) -> int:
+        """Finish what went to the plain queue."""
+        count, plain = 0, self._plain_queue
         if plain is not None and self._sizes.diverted:
             # The verdicts are given, so all of it is there by now; nothing else of its flows may come before it.
             while more := self._step(plain):
@@ -249,19 +284,11 @@ class WorkerLoop:
 
     def _step(self, queue: Queue) -> int:
         self._active = queue
-        fast = self._fast
+        fast = self._fast_now()
         if fast is None or queue is self._plain_queue or queue.unsent:
             packets = queue.read()
             return self._process(queue, packets, None) if packets else 0
-        if self._changed:
-            self._usable, self._changed = fast.ready(), False
-        if not self._usable:
-            packets = queue.read()
-            return self._process(queue, packets, None) if packets else 0
-        finished, count = fast.read(queue)
-        if finished == count and not fast.failed:
-            return count
-        return self._mixed(queue, fast, finished, count)
+        return self._mixed(queue, fast, *fast.finished(queue, fast.read(queue)))
 
     def _mixed(self, queue: Queue, fast: FastPath, finished: int, count: int) -> int:
         """A batch of ``count`` packets, of which the fast path has finished some and left the next one alone.
@@ -273,6 +300,8 @@ class WorkerLoop:
         while True:
             if fast.failed:
                 self._outward.resend(fast.take_failed())
+            if queue.unsent:
+                self._changed = True
             if finished == count:
                 return count
             if (left := fast.left) is not None:

@@ -1,8 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, annotation_typing=True
-"""A batch from a queue, or from the device of a route-based tunnel, by the fast path alone.
+"""Batches from queues, by the fast path alone: what a worker does while there is nothing else to do.
 
-:class:`FastPath` reads what is there, lets :class:`Sealer` and :class:`Opener` take packets up to the first one that they
-leave alone, sends what they made and the verdicts, and says where the rest begins.  The rest is the engine's.
+:class:`FastPath` waits for a queue, reads what is there, lets :class:`Sealer` and :class:`Opener` take packets up to the
+first one that they leave alone, sends what they made and the verdicts, and says where the rest begins.  The rest is the
+engine's.
 """
 
 import cython
@@ -19,12 +20,14 @@ from cython.cimports.ipsecq.fastpath.sockets import (
     CLOCK_REALTIME,
     MSG_DONTWAIT,
     clock_gettime,
+    epoll_event,
+    epoll_wait,
     mmsghdr,
     recvmmsg,
     send,
     timespec,
 )
-from cython.cimports.libc.errno import errno
+from cython.cimports.libc.errno import EAGAIN, EINTR, errno
 from cython.cimports.libc.stdint import uint16_t, uint32_t, uint64_t
 from cython.cimports.libc.string import memcpy
 
@@ -43,6 +46,8 @@ NF_DROP = cython.declare(uint32_t, 0)
 NF_ACCEPT = cython.declare(uint32_t, 1)
 VERDICT = cython.declare(cython.Py_ssize_t, 40)
 MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
+MAX_QUEUES = cython.declare(cython.Py_ssize_t, 64)
+HEARTBEAT = cython.declare(cython.Py_ssize_t, int(Counter.HEARTBEAT))
 
 BATCHES = cython.declare(cython.Py_ssize_t, int(Counter.BATCHES))
 BUSY_NS = cython.declare(cython.Py_ssize_t, int(Counter.BUSY_NS))
@@ -52,7 +57,11 @@ HISTOGRAM_SUM_NS = cython.declare(cython.Py_ssize_t, _HISTOGRAM_SUM_NS)
 
 @cython.cclass
 class FastPath:
-    """One worker's fast path.  ``done`` is how many packets of the last batch it took, ``last`` when (Unix seconds)."""
+    """One worker's fast path.
+
+    ``done`` is how many packets of the last batch are finished; ``partial``: the one behind these is a super-packet of
+    which ``opener.rest`` is left.  ``lost`` are verdicts that the kernel did not take, which have to go first.
+    """
 
     _sealer: Sealer
     _opener: Opener
@@ -63,59 +72,110 @@ class FastPath:
     _verdicts: cython.uchar[10240]
     _used: cython.Py_ssize_t
     _previous: cython.Py_ssize_t
+    _queues: cython.int[64]
+    _vectors: uint64_t[64]
+    _counts: cython.Py_ssize_t[64]
+    _headers: list
+    _queue_count: cython.Py_ssize_t
+    lost = cython.declare(bytes, visibility="public")
     done = cython.declare(cython.Py_ssize_t, visibility="readonly")
     partial = cython.declare(cython.bint, visibility="readonly")
 
     def __init__(self, sealer: Sealer, opener: Opener, stolen, sockets):
         """``stolen`` marks originals that egress has to drop, ``sockets`` are the mark's bits of socket policies."""
         self._sealer, self._opener, self._stolen, self._sockets = sealer, opener, stolen, sockets
+        self._headers, self._queue_count, self.lost = [], 0, b""
         self._bound_count = 0
         for bound in HISTOGRAM_BOUNDS:
             self._bounds[self._bound_count] = round(bound * 1e9)
             self._bound_count += 1
 
-    def step(self, descriptor: cython.int, vector: uint64_t, count: cython.Py_ssize_t, header: bytes):
-        """Read a batch into the messages at ``vector`` (struct mmsghdr, ``count`` of them) and do what can be done.
+    def register(self, descriptor: cython.int, vector: uint64_t, count: cython.Py_ssize_t, header: bytes):
+        """A queue that :meth:`serve` reads: into ``count`` messages at ``vector`` (struct mmsghdr).
 
-        ``header`` is what a verdict message has behind its length.  Returns how many messages were read, or -errno;
-        ``done`` of them are finished, verdicts included.  ``partial``: the one behind these is a super-packet of which
-        ``opener.rest`` is left.  The second value is verdicts that the kernel did not take, which have to go first.
+        ``header`` is what a verdict message has behind its length.
         """
-        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), vector)
-        got: cython.int = recvmmsg(
-            descriptor, messages, cython.cast(cython.uint, min(count, MAX_BATCH)), MSG_DONTWAIT, cython.NULL
-        )
-        self.done = 0
-        if got <= 0:
-            return -errno if got < 0 else 0, b""
-        return got, self.go_on(descriptor, vector, 0, got, header)
+        if self._queue_count < MAX_QUEUES:
+            self._queues[self._queue_count] = descriptor
+            self._vectors[self._queue_count] = vector
+            self._counts[self._queue_count] = min(count, MAX_BATCH)
+            self._headers.append(header)
+            self._queue_count += 1
 
-    def go_on(
-        self, descriptor: cython.int, vector: uint64_t, first: cython.Py_ssize_t, got: cython.Py_ssize_t, header: bytes
-    ) -> bytes:
-        """Go on with message ``first`` of the ``got`` that were read; returns verdicts that the kernel did not take."""
-        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), vector)
+    def serve(self, poll: cython.int, until: cython.double):
+        """Wait and work, up to ``until`` (monotonic seconds) or to the first thing that somebody else has to look at.
+
+        Returns a descriptor that is readable, or -1, and the number of messages that were read of it: for a queue that
+        is registered, of which ``done`` are finished; -errno where reading failed.
+        """
+        event: epoll_event
+        ready: cython.int
+        index: cython.Py_ssize_t
+        place: cython.Py_ssize_t
+        got: cython.int
+        left: cython.double
+        counters: cython.pointer(uint64_t) = self._sealer.counters
+        while True:
+            left = until - _nanoseconds(CLOCK_MONOTONIC) / 1e9
+            if left <= 0:
+                return -1, 0
+            # One at a time: what is ready comes in turns, however much of it one queue has.
+            with cython.nogil:
+                ready = epoll_wait(poll, cython.address(event), 1, cython.cast(cython.int, left * 1000) + 1)
+            if ready <= 0:
+                return -1, 0  # the time is up, or a signal came
+            counters[HEARTBEAT] += 1
+            place = -1
+            for index in range(self._queue_count):
+                if self._queues[index] == event.data.fd:
+                    place = index
+            if place < 0:
+                return event.data.fd, 0
+            got = self.step(place)
+            if got < 0 or self.done < got or self.lost or self._sealer.failed:
+                return event.data.fd, got
+
+    @cython.ccall
+    @cython.exceptval(check=True)
+    def step(self, index: cython.Py_ssize_t) -> cython.int:
+        """Read a batch from a queue that is registered and do what can be done: messages read, or -errno."""
+        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), self._vectors[index])
+        count: cython.uint = cython.cast(cython.uint, self._counts[index])
+        got: cython.int = recvmmsg(self._queues[index], messages, count, MSG_DONTWAIT, cython.NULL)
+        self.done = 0
+        if got < 0:
+            return 0 if errno in (EAGAIN, EINTR) else -errno
+        if got:
+            self.go_on(index, 0, got)
+        return got
+
+    @cython.ccall
+    @cython.exceptval(-1, check=False)
+    def go_on(self, index: cython.Py_ssize_t, first: cython.Py_ssize_t, got: cython.Py_ssize_t) -> cython.int:
+        """Go on with message ``first`` of the ``got`` that were read from a queue; ``done`` are finished then."""
+        messages: cython.pointer(mmsghdr) = cython.cast(cython.pointer(mmsghdr), self._vectors[index])
+        header: bytes = self._headers[index]
         began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
         now: cython.double = _nanoseconds(CLOCK_REALTIME) / 1e9
-        index: cython.Py_ssize_t
+        place: cython.Py_ssize_t
         taken: cython.int = 1
         self.done, self.partial, self._used, self._previous = first, False, 0, -1
-        for index in range(first, got):
+        for place in range(first, got):
             taken = self._message(
-                cython.cast(cython.p_uchar, messages[index].msg_hdr.msg_iov.iov_base), messages[index].msg_len, header, now
+                cython.cast(cython.p_uchar, messages[place].msg_hdr.msg_iov.iov_base), messages[place].msg_len, header, now
             )
             if taken != 1:
                 break
             self.done += 1
         self.partial = taken == 2
-        lost: bytes = b""
-        if self._used and send(descriptor, self._verdicts, self._used, 0) < 0:
-            lost = PyBytes_FromStringAndSize(cython.cast(cython.p_char, self._verdicts), self._used)
+        # The flow's first packet, which connection tracking confirms by its verdict, was the engine's: no need to wait.
         self._sealer.flush()
         self._opener.flush()
+        if self._used and send(self._queues[index], self._verdicts, self._used, 0) < 0:
+            self.lost += PyBytes_FromStringAndSize(cython.cast(cython.p_char, self._verdicts), self._used)
         if self.done > first:
             self._account(began, self.done - first)
-        return lost
+        return 0
 
     @cython.cfunc
     @cython.exceptval(-1, check=False)

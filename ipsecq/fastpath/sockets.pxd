@@ -24,8 +24,13 @@ cdef extern from "sys/socket.h" nogil:
     int sendmmsg(int descriptor, mmsghdr *messages, unsigned int count, int flags)
     int recvmmsg(int descriptor, mmsghdr *messages, unsigned int count, int flags, void *timeout)
 
-cdef extern from "unistd.h" nogil:
-    ssize_t read(int descriptor, void *data, size_t count)
+cdef extern from "sys/epoll.h" nogil:
+    union epoll_data:
+        int fd
+    struct epoll_event:
+        unsigned int events
+        epoll_data data
+    int epoll_wait(int epoll, epoll_event *events, int count, int milliseconds)
 
 cdef extern from "time.h" nogil:
     struct timespec:
