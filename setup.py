@@ -2,7 +2,15 @@
 
 from setuptools import Extension, setup
 
-SOURCES = ("compiled/aead", "compiled/rows", "compiled/alike", "fastpath/sealer", "fastpath/opener", "fastpath/batch")
+SOURCES = (
+    "compiled/aead",
+    "compiled/rows",
+    "compiled/alike",
+    "fastpath/known",
+    "fastpath/sealer",
+    "fastpath/opener",
+    "fastpath/batch",
+)
 
 
 def extensions() -> list[Extension]:

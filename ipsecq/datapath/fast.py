@@ -54,15 +54,13 @@ class FastPath:
         *, mark_stolen: int, mark_sockets: int, collect: bool = False,
     ) -> None:  # fmt: skip
         """The parts that it stands beside; only where :data:`ipsecq.compiled.active`.  ``collect``: send nothing (tests)."""
-        self._compiled_sealer: Any = import_module("ipsecq.fastpath.sealer")
-        self._compiled_opener: Any = import_module("ipsecq.fastpath.opener")
+        self._compiled: Any = import_module("ipsecq.fastpath.known")
         self._tables, self._outbound, self._inbound, self._path_mtu = tables, outbound, inbound, path_mtu
         self._output, self._udp, self._enc0, self._devices, self._taps = output, udp, enc0, devices, taps
-        self.sealer = self._compiled_sealer.Sealer(tables.counters, tables.words, collect)
-        self.opener = self._compiled_opener.Opener(tables.counters, tables.words, tables.natt_ports, collect)
-        self._path = import_module("ipsecq.fastpath.batch").FastPath(
-            self.sealer, self.opener, mark_stolen, mark_sockets
-        )
+        sealer, opener, batch = (import_module(f"ipsecq.fastpath.{name}") for name in ("sealer", "opener", "batch"))
+        self.sealer = sealer.Sealer(tables.counters, tables.words, collect)
+        self.opener = opener.Opener(tables.counters, tables.words, tables.natt_ports, collect)
+        self._path = batch.FastPath(self.sealer, self.opener, mark_stolen, mark_sockets)
         self._ways: dict[EspStep, tuple[object, Any]] = {}
         self._targets: dict[int, Any] = {}
         self._places: dict[Queue, int] = {}
@@ -178,7 +176,7 @@ class FastPath:
         mtu, until = self._path_mtu.mtu_of(bundle.dst), self._path_mtu.until(bundle.dst)
         flow = self.sealer.flows.get(key)
         if flow is None or flow.way is not way:
-            flow = self._compiled_sealer.Flow(way, mtu, until)
+            flow = self._compiled.Flow(way, mtu, until)
             self.sealer.add(key, flow)
         flow.mtu, flow.mtu_until = mtu, until
         if size:
@@ -199,8 +197,8 @@ class FastPath:
         if sa.mode is Mode.TRANSPORT:
             return
         peer, port = ready.peer
-        made = self._compiled_opener.Sa(
-            ready.cipher, self._compiled_sealer.Limits(sa.slot, *ready.limits), sa.spi, sa.esn, ready.window.size,
+        made = self._compiled.Sa(
+            ready.cipher, self._compiled.Limits(sa.slot, *ready.limits), sa.spi, sa.esn, ready.window.size,
             max(ready.window.mask, 0), sa.natt is not None, peer, port, ready,
         )  # fmt: skip
         self.opener.add(key, made)
@@ -220,7 +218,7 @@ class FastPath:
             if device is None or not device.vnet_hdr:
                 return
             failure = Counter.INTERFACE_DOWN if reqid else Counter.INJECT_FAILED
-            target = self._targets[reqid] = self._compiled_opener.Target(
+            target = self._targets[reqid] = self._compiled.Target(
                 device.fd, device.coalescing, device.datagrams, int(failure), device
             )
         self.opener.allow(sa, flow, target)
@@ -252,8 +250,8 @@ class FastPath:
             plain = df = self._output.descriptor(family)
             port = 0
         tos_mask, dfbit = outer.rules
-        way = self._compiled_sealer.Way(
-            step.bulk, self._compiled_sealer.Limits(sa.slot, *limits), step.sequence.take, front,
+        way = self._compiled.Way(
+            step.bulk, self._compiled.Limits(sa.slot, *limits), step.sequence.take, front,
             _sockaddr(family, sa.dst, port), options, sa.spi, sa.esn, outer.identification(0), tos_mask, dfbit, plain,
             df, step.bursts, burst,
         )  # fmt: skip

@@ -1,34 +1,8 @@
 # What the other compiled modules use of opener.py.
 
-from ipsecq.compiled.aead cimport Aead
 from ipsecq.compiled.rows cimport Shape
-from ipsecq.fastpath.sealer cimport Limits
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-
-
-cdef class Target:
-    cdef int descriptor
-    cdef bint coalescing
-    cdef bint datagrams
-    cdef Py_ssize_t failure
-    cdef public object device
-
-
-cdef class Sa:
-    cdef Aead aead
-    cdef Limits limits
-    cdef uint32_t spi
-    cdef bint esn
-    cdef uint64_t window
-    cdef uint64_t mask
-    cdef bint natt
-    cdef unsigned char peer[16]
-    cdef uint32_t peer_port
-    cdef public dict allowed
-    cdef public object owner
-
-    cdef int64_t check(self, uint64_t *words, uint32_t low) noexcept
-    cdef void update(self, uint64_t *words, uint64_t sequence) noexcept
+from ipsecq.fastpath.known cimport Sa, Target
+from libc.stdint cimport uint32_t, uint64_t
 
 
 cdef class Opener:

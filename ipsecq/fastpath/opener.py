@@ -11,12 +11,12 @@ import cython
 if not cython.compiled:
     raise ImportError("this module only works compiled")
 
-from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.ipsecq.compiled.aead import Aead
 from cython.cimports.ipsecq.compiled.octets import get16, get32, put16, put32, put64
 from cython.cimports.ipsecq.compiled.rows import follows, is_long, is_right, may_begin, write_head
-from cython.cimports.ipsecq.fastpath.sealer import Limits
+from cython.cimports.ipsecq.fastpath.known import Sa, Target, address_of
 from cython.cimports.ipsecq.fastpath.sockets import iovec, writev
 from cython.cimports.libc.errno import EIO, errno
 from cython.cimports.libc.stdint import int64_t, uint16_t, uint32_t, uint64_t
@@ -25,7 +25,6 @@ from cython.cimports.libc.string import memcmp, memcpy, memset
 
 from ipsecq.counters import Counter
 from ipsecq.packet.rows import MAX_DATAGRAMS as _MAX_DATAGRAMS
-from ipsecq.sa.association import Slot
 
 HEAD = cython.declare(cython.Py_ssize_t, 16)
 VNET = cython.declare(cython.Py_ssize_t, 10)
@@ -36,8 +35,6 @@ MAX_DATAGRAM = cython.declare(cython.Py_ssize_t, 16384)
 MAX_DATAGRAMS = cython.declare(cython.Py_ssize_t, _MAX_DATAGRAMS)
 MAX_FLOWS = cython.declare(cython.Py_ssize_t, 65536)
 
-SEQUENCE = cython.declare(cython.Py_ssize_t, int(Slot.SEQUENCE))
-WINDOW = cython.declare(cython.Py_ssize_t, int(Slot.WINDOW))
 IN_PACKETS = cython.declare(cython.Py_ssize_t, int(Counter.IN_PACKETS))
 IN_BYTES = cython.declare(cython.Py_ssize_t, int(Counter.IN_BYTES))
 IN_DELIVERED = cython.declare(cython.Py_ssize_t, int(Counter.IN_DELIVERED))
@@ -45,79 +42,6 @@ ESP_INPUT = cython.declare(cython.Py_ssize_t, int(Counter.ESP_INPUT))
 ESP_IBYTES = cython.declare(cython.Py_ssize_t, int(Counter.ESP_IBYTES))
 COALESCED = cython.declare(cython.Py_ssize_t, int(Counter.COALESCED))
 INJECT_FAILED = cython.declare(cython.Py_ssize_t, int(Counter.INJECT_FAILED))
-
-
-@cython.cclass
-class Target:
-    """A device that opened packets enter from: enc0, or that of a route-based tunnel."""
-
-    def __init__(self, descriptor, coalescing, datagrams, failure, device):
-        """``datagrams``: it takes UDP super-packets; ``failure``: the Counter of packets for a device that is down."""
-        self.descriptor, self.coalescing, self.datagrams = descriptor, coalescing, datagrams
-        self.failure, self.device = failure, device
-
-
-@cython.cclass
-class Sa:
-    """An inbound SA and the flows that may come out of it: key to :class:`Target`."""
-
-    def __init__(self, aead: Aead, limits: Limits, spi, esn, window, mask, natt, peer: bytes, peer_port, owner):
-        """``window`` in packets (0: off), ``mask`` of the ring's words; ``peer``, port: where NAT-T packets come from."""
-        self.aead, self.limits, self.spi, self.esn = aead, limits, spi, esn
-        self.window, self.mask, self.natt, self.peer_port = window, mask, natt, peer_port
-        memset(self.peer, 0, 16)
-        memcpy(self.peer, PyBytes_AS_STRING(peer), min(16, len(peer)))
-        self.allowed, self.owner = {}, owner
-
-    @cython.cfunc
-    @cython.exceptval(check=False)
-    def check(self, table: cython.pointer(uint64_t), low: uint32_t) -> int64_t:
-        """The full sequence number, or -1 (:meth:`ipsecq.sa.replay.ReplayWindow.check`)."""
-        slot: cython.pointer(uint64_t) = table + self.limits.base
-        size: uint64_t = self.window
-        edge: uint64_t = slot[SEQUENCE]
-        sequence: uint64_t = low
-        if not size:
-            return low
-        if self.esn:
-            edge_low: uint32_t = cython.cast(uint32_t, edge)
-            high: int64_t = cython.cast(int64_t, edge >> 32)
-            start: uint32_t = cython.cast(uint32_t, edge_low - size + 1)
-            if edge_low >= size - 1:
-                if low < start:
-                    high += 1
-            elif low >= start:
-                high -= 1
-            # The last numbers of a 64-bit space are the engine's affair.
-            if high < 0 or high > 0x7FFFFFFE:
-                return -1
-            sequence = cython.cast(uint64_t, high) << 32 | low
-        if sequence > edge:
-            return cython.cast(int64_t, sequence)
-        if edge - sequence >= size or not sequence:
-            return -1
-        if slot[WINDOW + (sequence >> 6 & self.mask)] >> (sequence & 63) & 1:
-            return -1
-        return cython.cast(int64_t, sequence)
-
-    @cython.cfunc
-    @cython.exceptval(check=False)
-    def update(self, table: cython.pointer(uint64_t), sequence: uint64_t) -> cython.void:
-        """Note a number that :meth:`check` has passed just now (:meth:`ipsecq.sa.replay.ReplayWindow.update`)."""
-        slot: cython.pointer(uint64_t) = table + self.limits.base
-        edge: uint64_t = slot[SEQUENCE]
-        block: uint64_t
-        first: uint64_t
-        last: uint64_t
-        if not self.window:
-            return
-        if sequence > edge:
-            slot[SEQUENCE] = sequence  # first: a worker that dies here has refused a few numbers, not let one in twice
-            first, last = (edge >> 6) + 1, sequence >> 6
-            last = min(last, first + self.mask)
-            for block in range(first, last + 1):
-                slot[WINDOW + (block & self.mask)] = 0
-        slot[WINDOW + (sequence >> 6 & self.mask)] |= cython.cast(uint64_t, 1) << (sequence & 63)
 
 
 @cython.cclass
@@ -131,8 +55,8 @@ class Opener:
 
     def __cinit__(self, counters, table, ports, collect: bool = False):
         """``ports``: UDP ports on which ESP arrives, four at most; with ``collect`` nothing is written."""
-        self._counters_owner, self.counters = counters, _address(counters)
-        self._words_owner, self.words = table, _address(table)
+        self._counters_owner, self.counters = counters, address_of(counters)
+        self._words_owner, self.words = table, address_of(table)
         self.sas, self.refused_sa, self.refused_flow, self.rest = {}, None, None, []
         self.collected = [] if collect else None
         self._port_count = 0
@@ -483,14 +407,3 @@ def _datagram(
     else:
         put16(at + 4, cython.cast(uint32_t, room - 40 + length))
     return made
-
-
-@cython.cfunc
-@cython.exceptval(check=True)
-def _address(table) -> cython.pointer(uint64_t):
-    """Where the words of a memoryview lie; its owner is kept, so they stay there."""
-    view: cython.Py_buffer
-    PyObject_GetBuffer(table, cython.address(view), PyBUF_WRITABLE)
-    at: cython.pointer(uint64_t) = cython.cast(cython.pointer(uint64_t), view.buf)
-    PyBuffer_Release(cython.address(view))
-    return at

@@ -1,48 +1,8 @@
 # What the other compiled modules use of sealer.py.
 
-from ipsecq.compiled.aead cimport Aead
-from ipsecq.fastpath.sockets cimport iovec, mmsghdr, msghdr
+from ipsecq.fastpath.known cimport Flow, Way
+from ipsecq.fastpath.sockets cimport iovec, mmsghdr
 from libc.stdint cimport uint32_t, uint64_t
-
-
-cdef class Limits:
-    cdef Py_ssize_t base
-    cdef uint64_t hard_packets
-    cdef uint64_t hard_bytes
-    cdef uint64_t soft_packets
-    cdef uint64_t soft_bytes
-    cdef double hard_time
-    cdef double hard_use
-
-    cdef bint allow(self, uint64_t *words, uint64_t count, uint64_t octets, double now) noexcept
-    cdef void charge(self, uint64_t *words, uint64_t count, uint64_t octets, double now) noexcept
-
-
-cdef class Way:
-    cdef Aead aead
-    cdef Limits limits
-    cdef object take
-    cdef bytes front
-    cdef bytes name
-    cdef bytes options
-    cdef uint32_t spi
-    cdef bint esn
-    cdef uint32_t identification
-    cdef unsigned char tos_mask
-    cdef int dfbit
-    cdef int plain_socket
-    cdef int df_socket
-    cdef bint bursts
-    cdef public object burst
-    cdef Py_ssize_t headers
-
-
-cdef class Flow:
-    cdef readonly Way way
-    cdef public Py_ssize_t mtu
-    cdef public double mtu_until
-    cdef public Py_ssize_t size
-    cdef public double size_until
 
 
 cdef class Sealer:

@@ -12,10 +12,11 @@ import cython
 if not cython.compiled:
     raise ImportError("this module only works compiled")
 
-from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cython.cimports.ipsecq.compiled.aead import Aead, cut_segment
+from cython.cimports.ipsecq.compiled.aead import cut_segment
 from cython.cimports.ipsecq.compiled.octets import folded, get16, get32, native, put16, put32, put_checksum, words
+from cython.cimports.ipsecq.fastpath.known import Flow, Way, address_of
 from cython.cimports.ipsecq.fastpath.sockets import (
     MSG_DONTWAIT,
     iovec,
@@ -41,10 +42,6 @@ MAX_BURST = cython.declare(cython.Py_ssize_t, 64)
 MAX_BURST_OCTETS = cython.declare(cython.Py_ssize_t, 65535 - 48)
 MAX_FLOWS = cython.declare(cython.Py_ssize_t, 65536)
 
-PACKETS = cython.declare(cython.Py_ssize_t, int(Slot.PACKETS))
-BYTES = cython.declare(cython.Py_ssize_t, int(Slot.BYTES))
-FIRST_USE = cython.declare(cython.Py_ssize_t, int(Slot.FIRST_USE))
-LAST_USE = cython.declare(cython.Py_ssize_t, int(Slot.LAST_USE))
 SEQUENCE = cython.declare(cython.Py_ssize_t, int(Slot.SEQUENCE))
 OUT_PACKETS = cython.declare(cython.Py_ssize_t, int(Counter.OUT_PACKETS))
 OUT_BYTES = cython.declare(cython.Py_ssize_t, int(Counter.OUT_BYTES))
@@ -57,79 +54,6 @@ SEND_FAILED = cython.declare(cython.Py_ssize_t, int(Counter.SEND_FAILED))
 
 
 @cython.cclass
-class Limits:
-    """Where one SA's counts lie in the shared table, and how far they may go (:mod:`ipsecq.engine.accounting`)."""
-
-    def __init__(self, base, hard_packets, hard_bytes, soft_packets, soft_bytes, hard_time, hard_use):
-        """Infinite limits are those that are not there."""
-        self.base = base
-        self.hard_packets, self.hard_bytes = _count(hard_packets), _count(hard_bytes)
-        self.soft_packets, self.soft_bytes = _count(soft_packets), _count(soft_bytes)
-        self.hard_time, self.hard_use = hard_time, hard_use
-
-    @cython.cfunc
-    @cython.exceptval(check=False)
-    def allow(self, table: cython.pointer(uint64_t), count: uint64_t, octets: uint64_t, now: cython.double) -> cython.bint:
-        """Whether no limit, hard or soft, is reached by ``count`` packets of together ``octets``; nothing is changed."""
-        slot: cython.pointer(uint64_t) = table + self.base
-        first: uint64_t = slot[FIRST_USE]
-        packets: uint64_t = slot[PACKETS] + count
-        total: uint64_t = slot[BYTES] + octets
-        return (
-            first != 0
-            and packets <= self.hard_packets
-            and total <= self.hard_bytes
-            and packets < self.soft_packets
-            and total < self.soft_bytes
-            and now < self.hard_time
-            and now - first < self.hard_use
-        )
-
-    @cython.cfunc
-    @cython.exceptval(check=False)
-    def charge(self, table: cython.pointer(uint64_t), count: uint64_t, octets: uint64_t, now: cython.double) -> cython.void:
-        """Count them."""
-        slot: cython.pointer(uint64_t) = table + self.base
-        slot[PACKETS] += count
-        slot[BYTES] += octets
-        slot[LAST_USE] = cython.cast(uint64_t, now)
-
-
-def _count(limit):
-    return (1 << 64) - 1 if limit == float("inf") else int(limit)
-
-
-@cython.cclass
-class Way:
-    """How an outbound SA's packets leave.  Made by :func:`ipsecq.datapath.fast.way_of`."""
-
-    def __init__(
-        self, aead: Aead, limits: Limits, take, front: bytes, name: bytes, options: bytes, spi, esn, identification,
-        tos_mask, dfbit, plain_socket, df_socket, bursts, burst,
-    ):  # fmt: skip
-        """``front``: outer headers without lengths; ``name``: the peer's sockaddr; ``options``: control messages of a burst.
-
-        ``plain_socket``, ``df_socket``: descriptors of UDP sockets for bursts, or twice that of a raw socket; -1
-        collects what would be sent.  ``burst(tos, df, label, identification, size, number, data)`` makes a
-        :class:`ipsecq.engine.emit.Burst` for those who have to send it another way.
-        """
-        self.aead, self.limits, self.take, self.front, self.name, self.options = aead, limits, take, front, name, options
-        self.spi, self.esn, self.identification, self.tos_mask, self.dfbit = spi, esn, identification, tos_mask, dfbit
-        self.plain_socket, self.df_socket, self.bursts, self.burst = plain_socket, df_socket, bursts, burst
-        self.headers = len(front)
-
-
-@cython.cclass
-class Flow:
-    """One flow, what its path carries (octets, until Unix seconds), and how large the segments of its super-packets are."""
-
-    def __init__(self, way: Way, mtu, mtu_until):
-        """Sizes are not known yet."""
-        self.way, self.mtu, self.mtu_until = way, mtu, mtu_until
-        self.size, self.size_until = 0, 0.0
-
-
-@cython.cclass
 class Sealer:
     """The flows that are known here, and what they send.
 
@@ -139,8 +63,8 @@ class Sealer:
 
     def __cinit__(self, counters, table, collect: bool = False):
         """``counters`` and ``table`` are memoryviews of 64-bit words; with ``collect`` nothing is sent."""
-        self._counters_owner, self.counters = counters, _address(counters)
-        self._words_owner, self.words = table, _address(table)
+        self._counters_owner, self.counters = counters, address_of(counters)
+        self._words_owner, self.words = table, address_of(table)
         self.flows, self.refused, self.failed = {}, None, []
         self.collected = [] if collect else None
         self._octets = cython.cast(cython.p_uchar, malloc(1 << 17))
@@ -483,14 +407,3 @@ def _complete(upper: cython.p_uchar, length: cython.Py_ssize_t, pseudo: uint32_t
     field: cython.p_uchar = upper + (6 if udp else 16)
     put16(field, 0)
     put_checksum(field, words(upper, length) + native(cython.cast(uint32_t, (pseudo + length) % 65535)), udp)
-
-
-@cython.cfunc
-@cython.exceptval(check=True)
-def _address(table) -> cython.pointer(uint64_t):
-    """Where the words of a memoryview lie; its owner is kept, so they stay there."""
-    view: cython.Py_buffer
-    PyObject_GetBuffer(table, cython.address(view), PyBUF_WRITABLE)
-    at: cython.pointer(uint64_t) = cython.cast(cython.pointer(uint64_t), view.buf)
-    PyBuffer_Release(cython.address(view))
-    return at
