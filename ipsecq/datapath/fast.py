@@ -126,6 +126,22 @@ class FastPath:
         self._path.go_on(self._places[queue], first, got)
         return self.finished(queue, got)[0]
 
+    def attach(self, descriptor: int, tag: int) -> None:
+        """Serve the device of the interface with this reqid, too."""
+        self._path.attach(descriptor, tag)
+
+    def detach(self, descriptor: int) -> None:
+        """No more."""
+        self._path.detach(descriptor)
+
+    def taken(self) -> list[Routed]:
+        """The packet of a device that :meth:`serve` has read and not finished, if there is one."""
+        left, self._path.left = self._path.left, None
+        if left is None:
+            return []
+        size, unfinished, packet = left
+        return [Routed(size, unfinished, memoryview(packet))]
+
     def seal(self, batch: Sequence[Routed], tag: int, now: float) -> int:
         """Take packets that were routed into the interface ``tag``, up to the first that is not known: how many."""
         seal, taken = self.sealer.seal, 0

@@ -112,6 +112,8 @@ class RoutedTunnels:
             entry = self._entries[reqid] = _Entry(interface, device)
             if mine:
                 self._readers[device.fd] = entry
+                if self.fast is not None:
+                    self.fast.attach(device.fd, reqid)
                 if self._poll is not None:
                     self._poll.register(device.fd, select.EPOLLIN)
         # An SA of an interface whose device is not here must not come in from somewhere else.
@@ -133,6 +135,8 @@ class RoutedTunnels:
         self._entries.pop(entry.interface.reqid, None)
         self._counters[Counter.OUT_NOSA] += len(entry.holder.release_all())
         descriptor = entry.device.fd
+        if self.fast is not None:
+            self.fast.detach(descriptor)
         if self._readers.pop(descriptor, None) is not None and self._poll is not None:
             self._poll.unregister(descriptor)
         entry.device.close()
@@ -152,6 +156,8 @@ class RoutedTunnels:
             return False
         start = time.perf_counter_ns()
         batch = entry.device.read_batch()
+        if batch is not None and self.fast is not None:
+            batch = [*self.fast.taken(), *batch]
         if batch is None:
             log.error("%s: somebody has removed the device", entry.interface.name)
             self._close(entry)

@@ -23,12 +23,14 @@ from cython.cimports.ipsecq.fastpath.sockets import (
     epoll_event,
     epoll_wait,
     mmsghdr,
+    read,
     recvmmsg,
     send,
     timespec,
 )
 from cython.cimports.libc.errno import EAGAIN, EINTR, errno
 from cython.cimports.libc.stdint import uint16_t, uint32_t, uint64_t
+from cython.cimports.libc.stdlib import free, malloc
 from cython.cimports.libc.string import memcpy
 
 from ipsecq.counters import HISTOGRAM_BASE as _HISTOGRAM_BASE
@@ -47,6 +49,13 @@ NF_ACCEPT = cython.declare(uint32_t, 1)
 VERDICT = cython.declare(cython.Py_ssize_t, 40)
 MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
 MAX_QUEUES = cython.declare(cython.Py_ssize_t, 64)
+MAX_DEVICES = cython.declare(cython.Py_ssize_t, 256)
+VNET = cython.declare(cython.Py_ssize_t, 10)
+"""Octets of a virtio-net header."""
+ROOM = cython.declare(cython.Py_ssize_t, VNET + 65536)
+DEVICE_PACKETS = cython.declare(cython.Py_ssize_t, 64)
+DEVICE_OCTETS = cython.declare(cython.Py_ssize_t, 1 << 18)
+"""A batch from a device ends with the packet that passes one of these."""
 HEARTBEAT = cython.declare(cython.Py_ssize_t, int(Counter.HEARTBEAT))
 
 BATCHES = cython.declare(cython.Py_ssize_t, int(Counter.BATCHES))
@@ -61,6 +70,7 @@ class FastPath:
 
     ``done`` is how many packets of the last batch are finished; ``partial``: the one behind these is a super-packet of
     which ``opener.rest`` is left.  ``lost`` are verdicts that the kernel did not take, which have to go first.
+    ``left`` is the packet of a device that is the engine's: size of segments (0: none), whether unfinished, octets.
     """
 
     _sealer: Sealer
@@ -75,16 +85,29 @@ class FastPath:
     _queues: cython.int[64]
     _vectors: uint64_t[64]
     _counts: cython.Py_ssize_t[64]
+    _devices: cython.int[256]
+    _tags: uint32_t[256]
+    _device_count: cython.Py_ssize_t
+    _room: cython.p_uchar
+    left = cython.declare(object, visibility="public")
     _headers: list
     _queue_count: cython.Py_ssize_t
     lost = cython.declare(bytes, visibility="public")
     done = cython.declare(cython.Py_ssize_t, visibility="readonly")
     partial = cython.declare(cython.bint, visibility="readonly")
 
+    def __cinit__(self, *_):
+        self._room = cython.cast(cython.p_uchar, malloc(ROOM))
+        if self._room == cython.NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self._room)
+
     def __init__(self, sealer: Sealer, opener: Opener, stolen, sockets):
         """``stolen`` marks originals that egress has to drop, ``sockets`` are the mark's bits of socket policies."""
         self._sealer, self._opener, self._stolen, self._sockets = sealer, opener, stolen, sockets
-        self._headers, self._queue_count, self.lost = [], 0, b""
+        self._headers, self._queue_count, self._device_count, self.lost, self.left = [], 0, 0, b"", None
         self._bound_count = 0
         for bound in HISTOGRAM_BOUNDS:
             self._bounds[self._bound_count] = round(bound * 1e9)
@@ -102,11 +125,30 @@ class FastPath:
             self._headers.append(header)
             self._queue_count += 1
 
+    def attach(self, descriptor: cython.int, tag: uint32_t):
+        """A device of a route-based tunnel that :meth:`serve` reads; ``tag`` is its reqid."""
+        self.detach(descriptor)
+        if self._device_count < MAX_DEVICES:
+            self._devices[self._device_count] = descriptor
+            self._tags[self._device_count] = tag
+            self._device_count += 1
+
+    def detach(self, descriptor: cython.int):
+        """Somebody else's from now on."""
+        index: cython.Py_ssize_t
+        for index in range(self._device_count):
+            if self._devices[index] == descriptor:
+                self._device_count -= 1
+                self._devices[index] = self._devices[self._device_count]
+                self._tags[index] = self._tags[self._device_count]
+                break
+
     def serve(self, poll: cython.int, until: cython.double):
         """Wait and work, up to ``until`` (monotonic seconds) or to the first thing that somebody else has to look at.
 
         Returns a descriptor that is readable, or -1, and the number of messages that were read of it: for a queue that
-        is registered, of which ``done`` are finished; -errno where reading failed.
+        is registered, of which ``done`` are finished; -errno where reading failed.  For a device that is attached, ``left``
+        is a packet that was read and is not finished.
         """
         event: epoll_event
         ready: cython.int
@@ -130,6 +172,11 @@ class FastPath:
                 if self._queues[index] == event.data.fd:
                     place = index
             if place < 0:
+                for index in range(self._device_count):
+                    if self._devices[index] == event.data.fd:
+                        place = index
+                if place >= 0 and self._step_device(place) and not self._sealer.failed:
+                    continue
                 return event.data.fd, 0
             got = self.step(place)
             if got < 0 or self.done < got or self.lost or self._sealer.failed:
@@ -176,6 +223,42 @@ class FastPath:
         if self.done > first:
             self._account(began, self.done - first)
         return 0
+
+    @cython.cfunc
+    @cython.exceptval(-1, check=False)
+    def _step_device(self, index: cython.Py_ssize_t) -> cython.int:
+        """Seal what was routed into a device; 0: there is something that somebody else has to look at."""
+        began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
+        now: cython.double = _nanoseconds(CLOCK_REALTIME) / 1e9
+        at: cython.p_uchar = self._room
+        count: cython.Py_ssize_t = 0
+        octets: cython.Py_ssize_t = 0
+        got: cython.Py_ssize_t
+        words: uint16_t[2]
+        fine: cython.int = 1
+        while count < DEVICE_PACKETS and octets < DEVICE_OCTETS:
+            got = read(self._devices[index], at, ROOM)
+            if got <= VNET:
+                fine = got < 0 and errno == EAGAIN
+                break
+            # struct virtio_net_hdr: flags, gso_type, hdr_len, gso_size, …
+            memcpy(words, at + 2, 4)
+            if not at[1]:
+                words[1] = 0
+            if not self._sealer.packet(
+                at + VNET, got - VNET, at[0] & 1, words[1] != 0, words[1], 0, self._tags[index], now
+            ):
+                self.left = (
+                    words[1], at[0] & 1 != 0, PyBytes_FromStringAndSize(cython.cast(cython.p_char, at + VNET), got - VNET),
+                )  # fmt: skip
+                fine = 0
+                break
+            count += 1
+            octets += got
+        self._sealer.flush()
+        if count:
+            self._account(began, count)
+        return fine
 
     @cython.cfunc
     @cython.exceptval(-1, check=False)

@@ -24,6 +24,9 @@ cdef extern from "sys/socket.h" nogil:
     int sendmmsg(int descriptor, mmsghdr *messages, unsigned int count, int flags)
     int recvmmsg(int descriptor, mmsghdr *messages, unsigned int count, int flags, void *timeout)
 
+cdef extern from "unistd.h" nogil:
+    ssize_t read(int descriptor, void *data, size_t count)
+
 cdef extern from "sys/epoll.h" nogil:
     union epoll_data:
         int fd
