@@ -14,7 +14,6 @@ from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObj
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.ipsecq.compiled.octets import get16, get32, native, put16, put32, put64, put_checksum, words
 from cython.cimports.ipsecq.compiled.openssl import (
-    EVP_CIPHER,
     EVP_CIPHER_CTX,
     EVP_CTRL_AEAD_GET_TAG,
     EVP_CTRL_AEAD_SET_TAG,
@@ -47,35 +46,41 @@ class Aead:
 
     def __cinit__(self, chacha: bool, key: bytes, salt: bytes, icv_length: int):
         """``key`` of 16, 24 or 32 octets, ``salt`` of 4; ValueError for others."""
-        cipher: cython.pointer(cython.const[EVP_CIPHER])
         if len(salt) != 4 or icv_length > 16 or (chacha and (len(key) != 32 or icv_length != 16)):
             raise ValueError("key, salt or ICV of a wrong length")
         if chacha:
-            cipher = EVP_chacha20_poly1305()
+            self._cipher = EVP_chacha20_poly1305()
         elif len(key) == 16:
-            cipher = EVP_aes_128_gcm()
+            self._cipher = EVP_aes_128_gcm()
         elif len(key) == 24:
-            cipher = EVP_aes_192_gcm()
+            self._cipher = EVP_aes_192_gcm()
         elif len(key) == 32:
-            cipher = EVP_aes_256_gcm()
+            self._cipher = EVP_aes_256_gcm()
         else:
             raise ValueError("AES keys have 16, 24 or 32 octets")
         self.icv_length, self.iv_length, self.block, self.iv_is_counter = icv_length, 8, 1, True
         memcpy(self._nonce, PyBytes_AS_STRING(salt), 4)
-        octets: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(key))
-        self._encryptor = EVP_CIPHER_CTX_new()
-        self._decryptor = EVP_CIPHER_CTX_new()
-        if (
-            self._encryptor == cython.NULL
-            or self._decryptor == cython.NULL
-            or EVP_EncryptInit_ex(self._encryptor, cipher, cython.NULL, octets, cython.NULL) != 1
-            or EVP_DecryptInit_ex(self._decryptor, cipher, cython.NULL, octets, cython.NULL) != 1
-        ):
-            raise MemoryError("OpenSSL gives no cipher context")
+        self._key = key
 
     def __dealloc__(self):
         EVP_CIPHER_CTX_free(self._encryptor)
         EVP_CIPHER_CTX_free(self._decryptor)
+
+    @cython.cfunc
+    @cython.exceptval(check=True)
+    def _context(self, sealing: cython.bint) -> cython.pointer(EVP_CIPHER_CTX):
+        """A context with the key, made when it is first needed: an SA seals or opens, and each is a kilobyte."""
+        context: cython.pointer(EVP_CIPHER_CTX) = EVP_CIPHER_CTX_new()
+        octets: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(self._key))
+        done: cython.int = 0
+        if context != cython.NULL and sealing:
+            done = EVP_EncryptInit_ex(context, self._cipher, cython.NULL, octets, cython.NULL)
+        elif context != cython.NULL:
+            done = EVP_DecryptInit_ex(context, self._cipher, cython.NULL, octets, cython.NULL)
+        if done != 1:
+            EVP_CIPHER_CTX_free(context)
+            raise MemoryError("OpenSSL gives no cipher context")
+        return context
 
     # -- one packet, raw memory ------------------------------------------------------------------------------
 
@@ -86,6 +91,8 @@ class Aead:
     ) -> cython.int:
         """Encrypt ``count`` octets behind the IV, in place, and write the ICV behind them; the nonce is set."""
         done: cython.int = 0
+        if self._encryptor == cython.NULL:
+            self._encryptor = self._context(True)
         context: cython.pointer(EVP_CIPHER_CTX) = self._encryptor
         if (
             EVP_EncryptInit_ex(context, cython.NULL, cython.NULL, cython.NULL, self._nonce) != 1
@@ -98,11 +105,14 @@ class Aead:
         return 0
 
     @cython.cfunc
+    @cython.exceptval(-1, check=False)
     def _decrypt(
         self, iv: cython.p_uchar, count: cython.Py_ssize_t, out: cython.p_uchar, aad: cython.p_uchar, associated: cython.int
-    ) -> cython.bint:
-        """Decrypt ``count`` octets behind the IV into ``out``; False where the ICV behind them is wrong."""
+    ) -> cython.int:
+        """Decrypt ``count`` octets behind the IV into ``out``; 0 where the ICV behind them is wrong."""
         done: cython.int = 0
+        if self._decryptor == cython.NULL:
+            self._decryptor = self._context(False)
         context: cython.pointer(EVP_CIPHER_CTX) = self._decryptor
         body: cython.p_uchar = iv + 8
         memcpy(self._nonce + 4, iv, 8)
