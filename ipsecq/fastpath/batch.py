@@ -164,9 +164,9 @@ class FastPath:
             # One at a time: what is ready comes in turns, however much of it one queue has.
             with cython.nogil:
                 ready = epoll_wait(poll, cython.address(event), 1, cython.cast(cython.int, left * 1000) + 1)
+            counters[HEARTBEAT] += 1
             if ready <= 0:
                 return -1, 0  # the time is up, or a signal came
-            counters[HEARTBEAT] += 1
             place = -1
             for index in range(self._queue_count):
                 if self._queues[index] == event.data.fd:

@@ -12,6 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 with atheris.instrument_imports(include=["ipsecq"], enable_loader_override=False):
     import fuzz_engine  # noqa: F401
+    import fuzz_fast  # noqa: F401
     from fuzz_targets import TARGETS
 
 atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fuzz_engine  # noqa: F401
+import fuzz_fast  # noqa: F401
 import pytest
 from fuzz_targets import TARGETS
 
