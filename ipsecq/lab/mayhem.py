@@ -13,6 +13,7 @@ from functools import partial
 from typing import Final
 
 from ipsecq.daemon.control import ask
+from ipsecq.daemon.pool import START_SECONDS
 from ipsecq.errors import IpsecqError
 from ipsecq.lab.gateway import AES_CBC_SHA256, AES_GCM, Algorithm, Gateway, Tunnel
 from ipsecq.lab.netns import Lab, LabError, wait_for
@@ -21,7 +22,8 @@ from ipsecq.lab.traffic import ping
 
 RESTART_SECONDS: Final = 1.0
 """RestartSec= of the systemd unit."""
-RECOVERY_SECONDS: Final = 30.0
+RECOVERY_SECONDS: Final = START_SECONDS + 15.0
+"""A worker that is stopped while it starts is given its time to start before it is replaced."""
 STATE_DISK: Final = "4m"
 _CHACHA: Final = Algorithm("chacha20-poly1305", 36)
 

@@ -47,6 +47,7 @@ def steps(run: Any, data: bytes) -> set[tuple[str, int, int]]:
 def main(name: str, kept: Path, *others: Path) -> None:
     """Bring ``kept`` up to date."""
     import fuzz_engine  # noqa: F401
+    import fuzz_fast  # noqa: F401
     from fuzz_targets import TARGETS
 
     inputs = {path.read_bytes() for folder in (kept, *others) for path in folder.iterdir() if path.is_file()}

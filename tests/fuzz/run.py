@@ -88,6 +88,7 @@ def keep(name: str) -> str:
 def main() -> int:
     """The command."""
     import fuzz_engine  # noqa: F401
+    import fuzz_fast  # noqa: F401
     from fuzz_targets import TARGETS
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -10,7 +10,7 @@ from fuzz_targets import Cursor, target
 from ipsecq import compiled
 from ipsecq.crypto import cipher
 from ipsecq.engine.emit import Emissions
-from ipsecq.numbers import IPPROTO_ESP, IPPROTO_UDP
+from ipsecq.numbers import IPPROTO_UDP, Protocol
 from ipsecq.packet import ipv4, ipv6
 from ipsecq.sa.association import NatTraversal
 from ipsecq.transforms.esp import EspTransform
@@ -64,7 +64,7 @@ def fast_path(data: bytes) -> None:
         src, dst = sa.src, sa.dst
         if natt is not None:
             sealed = b"\x11\x94\x11\x94" + (len(sealed) + 8).to_bytes(2, "big") + bytes(2) + sealed
-        protocol = IPPROTO_UDP if natt is not None else IPPROTO_ESP
+        protocol = IPPROTO_UDP if natt is not None else int(Protocol.ESP)
         header = ipv4.header if outer == 4 else ipv6.header
         datagram = header(src, dst, protocol, len(sealed)) + sealed
         emit = Emissions()
