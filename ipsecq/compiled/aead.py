@@ -157,27 +157,29 @@ class Aead:
     # -- as the other ciphers --------------------------------------------------------------------------------
 
     def seal(self, prefix, header: bytes, iv: bytes, plaintext, high: bytes) -> bytes:
-        """See :class:`ipsecq.crypto.cipher.EspCipher`."""
+        """See :class:`ipsecq.crypto.cipher.EspCipher`; without ``high`` the header may have any length."""
         room: cython.Py_ssize_t = len(prefix)
+        before: cython.Py_ssize_t = len(header)
         count: cython.Py_ssize_t = len(plaintext)
         aad: cython.uchar[12]
-        if len(header) != 8 or len(iv) != 8 or len(high) not in (0, 4):
+        if len(iv) != 8 or len(high) not in (0, 4) or (high and before != 8):
             raise ValueError("header, IV or high half of a wrong length")
-        sealed: bytes = PyBytes_FromStringAndSize(cython.NULL, room + HEAD + count + self.icv_length)
+        sealed: bytes = PyBytes_FromStringAndSize(cython.NULL, room + before + 8 + count + self.icv_length)
         at: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(sealed))
+        body: cython.p_uchar = at + room + before + 8
         _copy(prefix, at, room)
         at += room
-        memcpy(at, PyBytes_AS_STRING(header), 8)
-        memcpy(at + 8, PyBytes_AS_STRING(iv), 8)
-        _copy(plaintext, at + HEAD, count)
-        memcpy(self._nonce + 4, at + 8, 8)
+        memcpy(at, PyBytes_AS_STRING(header), before)
+        memcpy(at + before, PyBytes_AS_STRING(iv), 8)
+        _copy(plaintext, body, count)
+        memcpy(self._nonce + 4, at + before, 8)
         if high:
             memcpy(aad, at, 4)
             memcpy(aad + 4, PyBytes_AS_STRING(high), 4)
             memcpy(aad + 8, at + 4, 4)
-            self._encrypt(at + HEAD, count, aad, 12)
+            self._encrypt(body, count, aad, 12)
         else:
-            self._encrypt(at + HEAD, count, at, 8)
+            self._encrypt(body, count, at, cython.cast(cython.int, before))
         return sealed
 
     def open(self, packet, offset: cython.Py_ssize_t, high: bytes):
