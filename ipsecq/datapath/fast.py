@@ -76,6 +76,8 @@ class FastPath:
         if generation != self._generation:
             self.forget()
             self._generation = generation
+            # The drop log hears of packets from the engine.
+            self.opener.refusing = not (tables.sysctl.v4.debug or tables.sysctl.v6.debug)
         # Verdicts that the kernel had no room for go first, and that is the engine's way.
         return (self._taps is None or not self._taps.sinks) and not any(queue.unsent for queue in self._places)
 

@@ -29,7 +29,7 @@ from ipsecq.errors import NetfilterError
 BATCH: Final = 64
 """Packets read at once.  More gains nothing measurable and lets the first packet of a batch wait for the last."""
 
-MAX_LENGTH: Final = 1024
+MAX_LENGTH: Final = 4096
 """Packets that the kernel keeps for us before it drops: about 10 ms of a busy worker."""
 
 RECEIVE_BUFFER: Final = 8 << 20

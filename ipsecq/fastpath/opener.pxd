@@ -15,6 +15,7 @@ cdef class Opener:
     cdef public object refused_flow
     cdef public object rest
     cdef public object collected
+    cdef public bint refusing
     cdef unsigned int _ports[4]
     cdef Py_ssize_t _port_count
     cdef Sa _last
@@ -34,6 +35,7 @@ cdef class Opener:
     cdef int packet(self, unsigned char *at, Py_ssize_t captured, bint gso, double now) except -1
     cdef int _piece(self, Sa sa, unsigned char *at, Py_ssize_t length, Py_ssize_t extra, double now) except -1
     cdef Sa _find(self, unsigned char *at, Py_ssize_t offset, Py_ssize_t esp, bint udp)
+    cdef int _refuse(self, Sa sa, Py_ssize_t word, Py_ssize_t reason, Py_ssize_t length)
     cdef bint _natt_port(self, uint32_t port) noexcept
     cdef int _deliver(self, unsigned char *at, Py_ssize_t length, Target target) except -1
     cdef int flush(self) except -1

@@ -25,6 +25,7 @@ from cython.cimports.libc.string import memcmp, memcpy, memset
 
 from ipsecq.counters import Counter
 from ipsecq.packet.rows import MAX_DATAGRAMS as _MAX_DATAGRAMS
+from ipsecq.sa.association import Slot
 
 HEAD = cython.declare(cython.Py_ssize_t, 16)
 VNET = cython.declare(cython.Py_ssize_t, 10)
@@ -40,6 +41,10 @@ IN_BYTES = cython.declare(cython.Py_ssize_t, int(Counter.IN_BYTES))
 IN_DELIVERED = cython.declare(cython.Py_ssize_t, int(Counter.IN_DELIVERED))
 ESP_INPUT = cython.declare(cython.Py_ssize_t, int(Counter.ESP_INPUT))
 ESP_IBYTES = cython.declare(cython.Py_ssize_t, int(Counter.ESP_IBYTES))
+REPLAY = cython.declare(cython.Py_ssize_t, int(Slot.REPLAY))
+BADAUTH = cython.declare(cython.Py_ssize_t, int(Slot.BADAUTH))
+ESP_REPLAY = cython.declare(cython.Py_ssize_t, int(Counter.ESP_REPLAY))
+ESP_BADAUTH = cython.declare(cython.Py_ssize_t, int(Counter.ESP_BADAUTH))
 COALESCED = cython.declare(cython.Py_ssize_t, int(Counter.COALESCED))
 INJECT_FAILED = cython.declare(cython.Py_ssize_t, int(Counter.INJECT_FAILED))
 
@@ -50,7 +55,8 @@ class Opener:
 
     ``sas`` holds :class:`Sa` by key.  Of the packet that was left alone last, ``refused_sa`` is the key, or the
     :class:`Sa` itself where ``refused_flow`` inside it is not known; ``rest`` are datagrams of a super-packet that were
-    left when others had been delivered.
+    left when others had been delivered.  ``refusing``: replays and forgeries under the SAs that are known are dropped here,
+    too; else they are the engine's, which can tell of them.
     """
 
     def __cinit__(self, counters, table, ports, collect: bool = False):
@@ -59,6 +65,7 @@ class Opener:
         self._words_owner, self.words = table, address_of(table)
         self.sas, self.refused_sa, self.refused_flow, self.rest = {}, None, None, []
         self.collected = [] if collect else None
+        self.refusing = False
         self._port_count = 0
         for port in sorted(ports)[:4]:
             self._ports[self._port_count] = port
@@ -110,7 +117,7 @@ class Opener:
     def packet(
         self, at: cython.p_uchar, captured: cython.Py_ssize_t, gso: cython.bint, now: cython.double
     ) -> cython.int:
-        """1: delivered; 0: left alone, nothing has happened; 2: so for a part of a super-packet, the other is ``rest``."""
+        """1: delivered or dropped; 0: left alone, nothing has happened; 2: only ``rest`` of a super-packet is left."""
         offset: cython.Py_ssize_t
         length: cython.Py_ssize_t
         protocol: cython.int
@@ -234,15 +241,20 @@ class Opener:
         if count < 4 or count & 3:
             return 0
         sequence: int64_t = sa.check(self.words, get32(at + 4))
-        if sequence < 0 or not sa.limits.allow(self.words, 1, count, now):
+        if sequence < 0:
+            # With ESN there are other reasons than a replay.
+            return self._refuse(sa, REPLAY, ESP_REPLAY, length + extra) if self.refusing and not sa.esn else 0
+        if not sa.limits.allow(self.words, 1, count, now):
             return 0
+        authentic: cython.int
         if sa.esn:
             memcpy(aad, at, 4)
             put64(aad + 4, cython.cast(uint64_t, sequence))
-            if not aead._decrypt(at + 8, count, inner, aad, 12):
-                return 0
-        elif not aead._decrypt(at + 8, count, inner, at, 8):
-            return 0
+            authentic = aead._decrypt(at + 8, count, inner, aad, 12)
+        else:
+            authentic = aead._decrypt(at + 8, count, inner, at, 8)
+        if not authentic:
+            return self._refuse(sa, BADAUTH, ESP_BADAUTH, length + extra) if self.refusing else 0
         pad = inner[count - 2]
         octets: cython.Py_ssize_t = count - 2 - pad
         if octets < 20:
@@ -296,6 +308,17 @@ class Opener:
         self.counters[ESP_IBYTES] += octets
         self.counters[IN_DELIVERED] += 1
         self._deliver(inner, own, target)
+        return 1
+
+    @cython.cfunc
+    def _refuse(
+        self, sa: Sa, word: cython.Py_ssize_t, reason: cython.Py_ssize_t, length: cython.Py_ssize_t
+    ) -> cython.int:
+        """Count a datagram of ``length`` octets that is dropped; it is finished."""
+        self.words[sa.limits.base + word] += 1
+        self.counters[reason] += 1
+        self.counters[IN_PACKETS] += 1
+        self.counters[IN_BYTES] += length
         return 1
 
     # -- into the kernel -------------------------------------------------------------------------------------
