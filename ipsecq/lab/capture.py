@@ -115,6 +115,11 @@ class Frame:
         """IPv6's ARP (and router discovery)."""
         return self.protocol == 58 and self.payload[:1] != b"" and self.payload[0] in NEIGHBOUR_DISCOVERY
 
+    @property
+    def is_keepalive(self) -> bool:
+        """A NAT keepalive (RFC 3948 section 2.3): one octet to port 4500."""
+        return self.protocol == 17 and self.payload[2:4] == b"\x11\x94" and self.payload[8:] == b"\xff"
+
     def __str__(self) -> str:
         if not self.version:
             return {0x0806: "ARP"}.get(self.ethertype, f"ethertype 0x{self.ethertype:04x}")
@@ -218,10 +223,11 @@ def in_clear(frames: Iterable[Frame], *networks: str) -> list[Frame]:
 
 
 def other_than_esp(frames: Iterable[Frame]) -> list[Frame]:
-    """Frames that are neither ESP (bare or in UDP) nor address resolution."""
+    """Frames that are neither ESP (bare or in UDP, with its keepalives) nor address resolution."""
     return [
         frame for frame in frames
         if frame.version and frame.protocol != 50 and frame.esp is None and not frame.is_neighbour_discovery
+        and not frame.is_keepalive
     ]  # fmt: skip
 
 
