@@ -22,7 +22,7 @@ PACKAGES_BENCH := $(PACKAGES_LAB) wireguard-go wireguard-tools charon-systemd st
 PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd groff-base conntrack tshark user-mode-linux kmod
 PACKAGES_SYSTEM := $(PACKAGES_LAB) user-mode-linux kmod qemu-system-x86 mmdebstrap e2fsprogs cpio lintian
 
-.PHONY: help demo test test-system check fuzz chaos overload soak bench bench-keys bench-policy bench-scrape scenarios \
+.PHONY: help demo test test-system check fuzz sanitize chaos overload soak bench bench-keys bench-policy bench-scrape scenarios \
 	docs install deb uninstall clean
 
 help: ## show this
@@ -56,6 +56,11 @@ fuzz: ## ten minutes of coverage-guided fuzzing of every parser and the engine; 
 	@.ci/need-packages $(PACKAGES_BUILD)
 	@.ci/need-venv $(VENV) fuzz
 	@$(VENV)/bin/python tests/fuzz/run.py $(FUZZ)
+
+sanitize: ## the compiled modules' tests under AddressSanitizer
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV) test
+	@.ci/sanitize $(VENV)
 
 chaos: ## ten minutes of kills, full disks, reloads and attacks under load; CHAOS="--seconds 60 --seed 1" (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_LAB)

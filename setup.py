@@ -1,7 +1,15 @@
 """Builds the optional compiled modules (ipsecq/compiled, ipsecq/fastpath); the rest of the build is in pyproject.toml."""
 
+import os
+
 from setuptools import Extension, setup
 
+SANITIZE = bool(os.environ.get("IPSECQ_SANITIZE"))
+FLAGS = (
+    ["-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"]
+    if SANITIZE
+    else ["-O3", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wno-unused-function"]
+)
 SOURCES = (
     "compiled/aead",
     "compiled/rows",
@@ -22,7 +30,7 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             f"ipsecq.{name.replace('/', '.')}", [f"ipsecq/{name}.py"], libraries=["crypto"] if name.endswith("aead") else [],
-            extra_compile_args=["-O3", "-Wno-unused-function"], optional=True,
+            extra_compile_args=FLAGS, extra_link_args=FLAGS[:1] if SANITIZE else [], optional=True,
         )
         for name in SOURCES
     ]  # fmt: skip
