@@ -8,7 +8,7 @@ SANITIZE = bool(os.environ.get("IPSECQ_SANITIZE"))
 FLAGS = (
     ["-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"]
     if SANITIZE
-    else ["-O3", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wno-unused-function"]
+    else ["-O3", "-g0", "-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wno-unused-function"]
 )
 SOURCES = (
     "compiled/aead",
