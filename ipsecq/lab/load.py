@@ -25,6 +25,7 @@ PATIENCE: Final = 180.0
 """Longest pause of a TCP transfer: a sender's own pauses between tries double to two minutes."""
 RTO_MAX: Final = "net/ipv4/tcp_rto_max_ms"
 """Linux 6.15: pauses that end sooner."""
+CONGESTION: Final = "net/ipv4/tcp_congestion_control"
 
 
 @dataclass
@@ -161,6 +162,9 @@ class Transfers:
         for space in (client, server):
             with contextlib.suppress(FileNotFoundError):
                 space.sysctl(RTO_MAX, 3000)
+            # BBR takes a row of outages for the path's bandwidth and may stay at a few octets a second afterwards.
+            with contextlib.suppress(OSError):
+                space.sysctl(CONGESTION, "cubic")
 
     def __enter__(self) -> Transfers:
         self._thread.start()
