@@ -209,7 +209,8 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
     offloads = GaugeMetricFamily(
         "ipsecq_offload_active",
         "1: in use. gso: TCP super-packets come whole; coalesce: decapsulated segments are put together; "
-        "coalesce_udp: decapsulated datagrams, too; udp_segment: ESP in UDP leaves in bursts.",
+        "coalesce_udp: decapsulated datagrams, too; udp_segment: ESP in UDP leaves in bursts; "
+        "compiled: packets of known flows go through compiled code.",
         labels=["worker", "offload"],
     )
     latency = HistogramMetricFamily(
