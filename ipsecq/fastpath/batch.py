@@ -23,6 +23,7 @@ from cython.cimports.ipsecq.fastpath.sockets import (
     epoll_event,
     epoll_wait,
     mmsghdr,
+    nanosleep,
     read,
     recvmmsg,
     send,
@@ -46,6 +47,10 @@ CSUMNOTREADY = cython.declare(uint32_t, 1)
 GSO = cython.declare(uint32_t, 2)
 NF_DROP = cython.declare(uint32_t, 0)
 NF_ACCEPT = cython.declare(uint32_t, 1)
+GATHER_FROM = cython.declare(cython.Py_ssize_t, 4)
+GATHER_BELOW = cython.declare(cython.Py_ssize_t, 48)
+"""Packets in a batch that say that more are on their way, and that it was read too early."""
+GATHER_NANOSECONDS = cython.declare(cython.long, 50000)
 VERDICT = cython.declare(cython.Py_ssize_t, 40)
 MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
 MAX_QUEUES = cython.declare(cython.Py_ssize_t, 64)
@@ -82,6 +87,7 @@ class FastPath:
     _verdicts: cython.uchar[10240]
     _used: cython.Py_ssize_t
     _previous: cython.Py_ssize_t
+    _supers: cython.bint
     _queues: cython.int[64]
     _vectors: uint64_t[64]
     _counts: cython.Py_ssize_t[64]
@@ -181,6 +187,8 @@ class FastPath:
             got = self.step(place)
             if got < 0 or self.done < got or self.lost or self._sealer.failed:
                 return event.data.fd, got
+            if GATHER_FROM <= got < GATHER_BELOW and not self._supers:
+                self._gather()
 
     @cython.ccall
     @cython.exceptval(check=True)
@@ -206,7 +214,7 @@ class FastPath:
         now: cython.double = _nanoseconds(CLOCK_REALTIME) / 1e9
         place: cython.Py_ssize_t
         taken: cython.int = 1
-        self.done, self.partial, self._used, self._previous = first, False, 0, -1
+        self.done, self.partial, self._used, self._previous, self._supers = first, False, 0, -1, False
         for place in range(first, got):
             taken = self._message(
                 cython.cast(cython.p_uchar, messages[place].msg_hdr.msg_iov.iov_base), messages[place].msg_len, header, now
@@ -223,6 +231,15 @@ class FastPath:
         if self.done > first:
             self._account(began, self.done - first)
         return 0
+
+    @cython.cfunc
+    @cython.exceptval(check=False)
+    def _gather(self) -> cython.void:
+        """Let packets gather, in a stream of small ones: what a batch costs, here and at the far end, more then share."""
+        wanted: timespec
+        wanted.tv_sec, wanted.tv_nsec = 0, GATHER_NANOSECONDS
+        with cython.nogil:
+            nanosleep(cython.address(wanted), cython.NULL)
 
     @cython.cfunc
     @cython.exceptval(-1, check=False)
@@ -300,6 +317,8 @@ class FastPath:
         if end <= start:
             return 0
         taken: cython.int
+        if info & GSO:
+            self._supers = True
         if at[30] < FORWARD:
             taken = self._opener.packet(at + start, end - start, info & GSO != 0, now)
             if taken == 1:

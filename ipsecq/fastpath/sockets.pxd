@@ -42,3 +42,4 @@ cdef extern from "time.h" nogil:
     int CLOCK_REALTIME
     int CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *now)
+    int nanosleep(const timespec *wanted, timespec *left)
