@@ -12,12 +12,12 @@ FLAGS = (
 )
 SOURCES = (
     "compiled/aead",
-    "compiled/rows",
-    "compiled/alike",
     "fastpath/known",
+    "fastpath/heads",
+    "fastpath/runs",
     "fastpath/sealer",
     "fastpath/opener",
-    "fastpath/batch",
+    "fastpath/reader",
 )
 
 

@@ -149,6 +149,7 @@ class Counter(IntEnum):
     TAP_PACKETS = 188
     TAP_DROPPED = 189
     HEARTBEAT = 190
+    FAST_PACKETS = 191
 
 
 class Offload(IntFlag):

@@ -1,33 +1,28 @@
-"""Inner loops that Cython compiles, where a compiler and OpenSSL's headers were there when ipsecq was installed.
+"""AES-GCM and ChaCha20-Poly1305 over OpenSSL's EVP, which Cython compiles where it can when ipsecq is installed.
 
-They do what :mod:`ipsecq.crypto.aead`, :mod:`ipsecq.packet.segments`, :mod:`ipsecq.packet.rows` and the ``alike`` of the
-engine do in numpy and plain Python, and pass the same tests; everything works without them.  ``IPSECQ_PURE=1`` in the
-environment leaves them out.
+A compiler and OpenSSL's headers have to be there.  The cipher does what :mod:`ipsecq.crypto.aead` does, and the fast path
+(:mod:`ipsecq.fastpath`) stands on it; without them everything works, through the engine.  ``IPSECQ_PURE=1`` in the
+environment leaves both out.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 
-def _find(name: str) -> tuple[ModuleType | None, str]:
+def find(names: Sequence[str]) -> tuple[list[ModuleType], str]:
+    """Compiled modules by their names; none and why, where one is missing."""
     if os.environ.get("IPSECQ_PURE", "") not in {"", "0"}:
-        return None, "IPSECQ_PURE is set"
+        return [], "IPSECQ_PURE is set"
     try:
-        return import_module(f"ipsecq.compiled.{name}"), ""
+        return [import_module(name) for name in names], ""
     except ImportError as error:
-        return None, f"not built: {error}"
+        return [], f"not built: {error}"
 
 
-aead, missing = _find("aead")
-rows, _missing = _find("rows")
-alike, _missing = _find("alike")
-if aead is None or rows is None or alike is None:
-    aead = rows = alike = None
-    missing = missing or _missing
-# The fast path stands above the engine's rooms: who uses it imports it (see ipsecq.datapath.fast).
-
-active = aead is not None
-"""The loops are in use; ``missing`` says why they are not."""
+_found, missing = find(["ipsecq.compiled.aead"])
+aead: ModuleType | None = _found[0] if _found else None
+"""The module, or None; ``missing`` says why."""

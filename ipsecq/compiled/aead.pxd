@@ -22,5 +22,3 @@ cdef class Aead:
     cdef Py_ssize_t _sealed(self, Py_ssize_t inner)
     cdef object _open_at(self, unsigned char *octets, Py_ssize_t length, Py_ssize_t offset, bytes high)
 
-
-cdef void cut_segment(unsigned char *to, unsigned char *octets, Py_ssize_t offset, Py_ssize_t header, bint tcp, Py_ssize_t index, bint last, Py_ssize_t size, Py_ssize_t data, uint32_t pseudo) noexcept nogil

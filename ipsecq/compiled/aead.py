@@ -12,7 +12,7 @@ if not cython.compiled:
 
 from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cython.cimports.ipsecq.compiled.octets import get16, get32, native, put16, put32, put64, put_checksum, words
+from cython.cimports.ipsecq.compiled.octets import put32, put64
 from cython.cimports.ipsecq.compiled.openssl import (
     EVP_CIPHER_CTX,
     EVP_CTRL_AEAD_GET_TAG,
@@ -208,133 +208,25 @@ class Aead:
             return plaintext if self._decrypt(at + 8, count, out, aad, 12) else None
         return plaintext if self._decrypt(at + 8, count, out, at, 8) else None
 
-    # -- many packets ----------------------------------------------------------------------------------------
-
-    def open_run(self, packets, offset: cython.Py_ssize_t, high: bytes) -> list:
-        """The plaintexts of ESP packets that all start at ``offset``, up to the first one that is not authentic."""
-        opened: list = []
-        for packet in packets:
-            plaintext = self.open(packet, offset, high)
-            if plaintext is None:
-                break
-            opened.append(plaintext)
-        return opened
-
-    def open_super(
-        self, packet, start: cython.Py_ssize_t, size: cython.Py_ssize_t, length: cython.Py_ssize_t, high: bytes
-    ) -> list:
-        """As :meth:`open_run`, for ESP packets every ``size`` octets from ``start`` to ``length`` in one buffer."""
-        view: cython.Py_buffer
-        opened: list = []
-        at: cython.Py_ssize_t = start
-        PyObject_GetBuffer(packet, cython.address(view), PyBUF_SIMPLE)
-        try:
-            length = min(length, view.len)
-            while at < length:
-                plaintext = self._open_at(cython.cast(cython.p_uchar, view.buf), min(at + size, length), at, high)
-                if plaintext is None:
-                    break
-                opened.append(plaintext)
-                at += size
-        finally:
-            PyBuffer_Release(cython.address(view))
-        return opened
-
-    def seal_segments(
-        self, packet, length: cython.Py_ssize_t, offset: cython.Py_ssize_t, header: cython.Py_ssize_t,
-        size: cython.Py_ssize_t, pseudo: uint32_t, spi: uint32_t, first: uint64_t, esn: cython.bint, outer: bytes,
-        identification: uint32_t,
-    ):  # fmt: skip
-        """Cut a super-packet into segments and seal each: TCP or UDP at ``offset``, data of ``size`` octets from ``header``.
-
-        ``pseudo`` is the sum of addresses and protocol.  With ``outer``, the headers in front of ESP (IP, or IP and
-        UDP without a checksum; IPv4 identifications count from ``identification``), a list of datagrams; without, the
-        ESP packets one behind the other and the distance between two of them.  The segments are those of
-        :func:`ipsecq.packet.segments.split`; ValueError when the numbers do not fit the packet.
-        """
-        view: cython.Py_buffer
-        PyObject_GetBuffer(packet, cython.address(view), PyBUF_SIMPLE)
-        try:
-            octets: cython.p_uchar = cython.cast(cython.p_uchar, view.buf)
-            tcp: cython.bint = octets[9 if octets[0] >> 4 == 4 else 6] == _TCP if offset in (20, 40) else header > offset + 8
-            if length > view.len or header >= length or size < 1 or offset < 20 or header < offset + (20 if tcp else 8):
-                raise ValueError("the segments do not fit the packet")
-            count: cython.Py_ssize_t = (length - header + size - 1) // size
-            stride: cython.Py_ssize_t = self._sealed(header + size)
-            final: cython.Py_ssize_t = length - header - (count - 1) * size
-            index: cython.Py_ssize_t
-            data: cython.Py_ssize_t
-            at: cython.p_uchar
-            room: cython.Py_ssize_t = len(outer)
-            datagrams: list = []
-            next_header: cython.int = 4 if octets[0] >> 4 == 4 else 41
-            blob: bytes = b""
-            if not room:
-                blob = PyBytes_FromStringAndSize(
-                    cython.NULL, (count - 1) * stride + self._sealed(header + final)
-                )
-            for index in range(count):
-                data = size if index < count - 1 else final
-                if room:
-                    datagram: bytes = PyBytes_FromStringAndSize(cython.NULL, room + self._sealed(header + data))
-                    at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(datagram))
-                    _front(at, outer, room + self._sealed(header + data), identification + index)
-                    at += room
-                    datagrams.append(datagram)
-                else:
-                    at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(blob)) + index * stride
-                cut_segment(at + HEAD, octets, offset, header, tcp, index, index == count - 1, size, data, pseudo)
-                self._seal_at(at, header + data, next_header, spi, first + index, esn)
-            return datagrams if room else (blob, stride)
-        finally:
-            PyBuffer_Release(cython.address(view))
-
-    def seal_equal(
-        self, packets, length: cython.Py_ssize_t, offset: cython.Py_ssize_t, unfinished: cython.bint, pseudo: uint32_t,
-        spi: uint32_t, first: uint64_t, esn: cython.bint, outer: bytes, identification: uint32_t,
-    ):  # fmt: skip
-        """Seal packets that are all ``length`` octets long, with TCP or UDP at ``offset`` (20 or 40).
-
-        ``unfinished``: their checksums are filled in.  The rest is as in :meth:`seal_segments`.
-        """
-        stride: cython.Py_ssize_t = self._sealed(length)
-        room: cython.Py_ssize_t = len(outer)
-        count: cython.Py_ssize_t = len(packets)
-        index: cython.Py_ssize_t = 0
-        at: cython.p_uchar
-        udp: cython.bint
-        field: cython.Py_ssize_t
-        next_header: cython.int
-        datagrams: list = []
-        blob: bytes = b""
-        if offset not in (20, 40) or length < offset + 8:
-            raise ValueError("no room for a header")
-        if not room:
-            blob = PyBytes_FromStringAndSize(cython.NULL, count * stride)
-        for packet in packets:
-            if room:
-                datagram: bytes = PyBytes_FromStringAndSize(cython.NULL, room + stride)
-                at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(datagram))
-                _front(at, outer, room + stride, identification + index)
-                at += room
-                datagrams.append(datagram)
+    def seal_run(self, spi: uint32_t, first: uint64_t, plaintexts, esn: cython.bint) -> list:
+        """Ciphertext and ICV of packets with the sequence numbers from ``first`` on, which are their IVs, too."""
+        aad: cython.uchar[12]
+        sealed: list = []
+        for plaintext in plaintexts:
+            count: cython.Py_ssize_t = len(plaintext)
+            made: bytes = PyBytes_FromStringAndSize(cython.NULL, count + self.icv_length)
+            at: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(made))
+            _copy(plaintext, at, count)
+            put64(self._nonce + 4, first)
+            put32(aad, spi)
+            if esn:
+                put64(aad + 4, first)
             else:
-                at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(blob)) + index * stride
-            _copy(packet, at + HEAD, length)
-            next_header = 4 if at[HEAD] >> 4 == 4 else 41
-            if unfinished:
-                udp = at[HEAD + (9 if offset == 20 else 6)] != _TCP
-                field = offset + (6 if udp else 16)
-                if field + 2 > length:
-                    raise ValueError("no room for a checksum")
-                put16(at + HEAD + field, 0)
-                put_checksum(
-                    at + HEAD + field,
-                    words(at + HEAD + offset, length - offset) + native((pseudo + length - offset) % 65535), udp,
-                )  # fmt: skip
-            self._seal_at(at, length, next_header, spi, first + index, esn)
-            index += 1
-        return datagrams if room else (blob, stride)
+                put32(aad + 4, cython.cast(uint32_t, first))
+            self._encrypt(at, count, aad, 12 if esn else 8)
+            sealed.append(made)
+            first += 1
+        return sealed
 
 
 @cython.cfunc
@@ -350,58 +242,3 @@ def _copy(source, into: cython.p_uchar, count: cython.Py_ssize_t) -> cython.int:
     if not enough:
         raise ValueError("a buffer is too short")
     return 0
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def cut_segment(
-    to: cython.p_uchar, octets: cython.p_uchar, offset: cython.Py_ssize_t, header: cython.Py_ssize_t, tcp: cython.bint,
-    index: cython.Py_ssize_t, last: cython.bint, size: cython.Py_ssize_t, data: cython.Py_ssize_t, pseudo: uint32_t,
-) -> cython.void:  # fmt: skip
-    """One segment of a super-packet: number ``index``, of ``data`` octets."""
-    upper: cython.p_uchar = to + offset
-    field: cython.Py_ssize_t = 16 if tcp else 6
-    memcpy(to, octets, header)
-    memcpy(to + header, octets + header + index * size, data)
-    if octets[0] >> 4 == 4:
-        put16(to + 2, cython.cast(uint32_t, header + data))
-        put16(to + 4, get16(octets + 4) + cython.cast(uint32_t, index))
-        put16(to + 10, 0)
-        put_checksum(to + 10, words(to, (octets[0] & 15) * 4), False)
-    else:
-        put16(to + 4, cython.cast(uint32_t, header + data - 40))
-    if tcp:
-        put32(upper + 4, get32(octets + offset + 4) + cython.cast(uint32_t, index * size))
-        if index:
-            upper[13] &= 0x7F  # CWR stays with the first segment (RFC 3168 section 6.1.2)
-        if not last:
-            upper[13] &= 0xF6  # FIN and PSH are the last one's
-    else:
-        put16(upper + 4, cython.cast(uint32_t, header - offset + data))
-    put16(upper + field, 0)
-    put_checksum(
-        upper + field,
-        words(upper, header - offset + data) + native(cython.cast(uint32_t, (pseudo + header - offset + data) % 65535)),
-        not tcp,
-    )
-
-
-@cython.cfunc
-def _front(
-    at: cython.p_uchar, outer: bytes, length: cython.Py_ssize_t, identification: uint32_t
-) -> cython.void:  # fmt: skip
-    """The outer headers of a datagram of ``length`` octets."""
-    room: cython.Py_ssize_t = len(outer)
-    memcpy(at, PyBytes_AS_STRING(outer), room)
-    if at[0] >> 4 == 4:
-        put16(at + 2, cython.cast(uint32_t, length))
-        put16(at + 4, identification)
-        put16(at + 10, 0)
-        put_checksum(at + 10, words(at, 20), False)
-        if room > 20:
-            put16(at + 24, cython.cast(uint32_t, length - 20))
-    else:
-        put16(at + 4, cython.cast(uint32_t, length - 40))
-        if room > 40:
-            put16(at + 44, cython.cast(uint32_t, length - 40))

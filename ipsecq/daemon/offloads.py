@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from ipsecq import compiled
+from ipsecq import fastpath
 from ipsecq.counters import Counter, Offload
 from ipsecq.daemon.options import OffloadConfig
 from ipsecq.metrics.source import OffloadSample, WorkerSample
@@ -46,7 +46,7 @@ def samples(
             why = _REFUSED[offload]
             if offload is Offload.UDP_SEGMENT and udp_problem:
                 why += f" ({udp_problem})"
-            if offload is Offload.COMPILED and compiled.missing:
-                why += f" ({compiled.missing})"
+            if offload is Offload.COMPILED and fastpath.missing:
+                why += f" ({fastpath.missing})"
         found.append(OffloadSample(str(offload.name).lower(), users, bool(running) and len(users) == len(running), why))
     return tuple(found)

@@ -21,7 +21,7 @@ import time
 from collections.abc import MutableSequence, Sequence
 from typing import Any, Final, cast
 
-from ipsecq import compiled
+from ipsecq import fastpath
 from ipsecq.counters import Counter
 from ipsecq.daemon import privileges
 from ipsecq.daemon.leases import LeaseBook
@@ -176,7 +176,7 @@ class Worker:
         fast = FastPath(
             tables, outbound, inbound, path_mtu, output, udp, enc0, routed.device, taps,
             mark_stolen=setup.mark_stolen, mark_sockets=setup.mark_sockets,
-        ) if compiled.active else None  # fmt: skip
+        ) if fastpath.active else None  # fmt: skip
         routed.fast = fast
         self._loop = WorkerLoop(
             queue,

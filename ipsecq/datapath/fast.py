@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any, Final
 
-from ipsecq import compiled
+from ipsecq import compiled, fastpath
 from ipsecq.counters import Counter
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.ipsecdev import Routed
@@ -36,13 +35,13 @@ IP_PKTINFO: Final = 8
 
 _ESP: Final = int(Protocol.ESP)
 _PORTS: Final = frozenset({IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6})
-_key: Final = struct.Struct(">HHIIB").pack
+_key: Final = struct.Struct(">HHBII").pack
 _flow: Final = struct.Struct(">HHB").unpack_from
 
 
 def flow_key(view: PacketView, mark: int, tag: int) -> bytes:
     """The sealer's key of the flow of the packet in the view."""
-    return view.src + view.dst + _key(view.sport, view.dport, mark, tag, view.protocol)
+    return view.src + view.dst + _key(view.sport, view.dport, view.protocol, mark, tag)
 
 
 class FastPath:
@@ -53,14 +52,17 @@ class FastPath:
         udp: UdpOutput | None, enc0: Enc0 | None, devices: Callable[[int], Enc0 | None], taps: Taps | None,
         *, mark_stolen: int, mark_sockets: int, collect: bool = False,
     ) -> None:  # fmt: skip
-        """The parts that it stands beside; only where :data:`ipsecq.compiled.active`.  ``collect``: send nothing (tests)."""
-        self._compiled: Any = import_module("ipsecq.fastpath.known")
+        """The parts that it stands beside; only where :data:`ipsecq.fastpath.active`.  ``collect``: send nothing (tests)."""
         self._tables, self._outbound, self._inbound, self._path_mtu = tables, outbound, inbound, path_mtu
         self._output, self._udp, self._enc0, self._devices, self._taps = output, udp, enc0, devices, taps
-        sealer, opener, batch = (import_module(f"ipsecq.fastpath.{name}") for name in ("sealer", "opener", "batch"))
+        sealer: Any
+        opener: Any
+        reader: Any
+        self._compiled: Any
+        self._compiled, sealer, opener, reader = fastpath.modules
         self.sealer = sealer.Sealer(tables.counters, tables.words, collect)
         self.opener = opener.Opener(tables.counters, tables.words, tables.natt_ports, collect)
-        self._path = batch.FastPath(self.sealer, self.opener, mark_stolen, mark_sockets)
+        self._path = reader.Reader(self.sealer, self.opener, mark_stolen, mark_sockets)
         self._ways: dict[EspStep, tuple[object, Any]] = {}
         self._targets: dict[int, Any] = {}
         self._places: dict[Queue, int] = {}
@@ -144,16 +146,6 @@ class FastPath:
         size, unfinished, packet = left
         return [Routed(size, unfinished, memoryview(packet))]
 
-    def seal(self, batch: Sequence[Routed], tag: int, now: float) -> int:
-        """Take packets that were routed into the interface ``tag``, up to the first that is not known: how many."""
-        seal, taken = self.sealer.seal, 0
-        for size, unfinished, packet in batch:
-            if not seal(packet, unfinished, size != 0, size, 0, tag, now):
-                break
-            taken += 1
-        self.sealer.finish()
-        return taken
-
     @property
     def left(self) -> list[bytes] | None:
         """Datagrams that are left of the first packet behind the finished ones; None: all of it is."""
@@ -207,13 +199,15 @@ class FastPath:
             self._allow(key, flow)
         elif isinstance(key, bytes):
             ready = self._inbound.ready((key[:-4], _ESP, int.from_bytes(key[-4:], "big")))
-            if isinstance(ready, EspReady) and isinstance(ready.cipher, compiled.aead.Aead):  # type: ignore[union-attr]
+            if isinstance(ready, EspReady) and self._simple(ready.cipher) and ready.sa.mode is not Mode.TRANSPORT:
                 self._know(key, ready)
+
+    @staticmethod
+    def _simple(cipher: object) -> bool:
+        return compiled.aead is not None and isinstance(cipher, compiled.aead.Aead)
 
     def _know(self, key: bytes, ready: EspReady) -> None:
         sa = ready.sa
-        if sa.mode is Mode.TRANSPORT:
-            return
         peer, port = ready.peer
         made = self._compiled.Sa(
             ready.cipher, self._compiled.Limits(sa.slot, *ready.limits), sa.spi, sa.esn, ready.window.size,
@@ -248,7 +242,7 @@ class FastPath:
         if found is not None and found[0] == limits:
             return found[1]
         outer, sa = step.outer, step.sa
-        if step.bulk is None or outer is None or (len(sa.dst) == 16 and sa.dst[0] == 0xFE):
+        if not self._simple(step.cipher) or not step.plain or outer is None or (len(sa.dst) == 16 and sa.dst[0] == 0xFE):
             return None
         family = socket.AF_INET if len(sa.dst) == 4 else socket.AF_INET6
         front, options, port = outer.build(0, 0, False, 0, 0), b"", 0
@@ -269,7 +263,7 @@ class FastPath:
             port = 0
         tos_mask, dfbit = outer.rules
         way = self._compiled.Way(
-            step.bulk, self._compiled.Limits(sa.slot, *limits), step.sequence.take, front,
+            step.cipher, self._compiled.Limits(sa.slot, *limits), step.sequence.take, front,
             _sockaddr(family, sa.dst, port), options, sa.spi, sa.esn, outer.identification(0), tos_mask, dfbit, plain,
             df, step.bursts, burst,
         )  # fmt: skip

@@ -137,6 +137,7 @@ class RoutedTunnels:
         descriptor = entry.device.fd
         if self.fast is not None:
             self.fast.detach(descriptor)
+            self.fast.forget()  # or it would write to whatever gets this number next
         if self._readers.pop(descriptor, None) is not None and self._poll is not None:
             self._poll.unregister(descriptor)
         entry.device.close()
@@ -183,32 +184,28 @@ class RoutedTunnels:
     ) -> None:
         process, count = self._engine.process, len(batch)
         at = lone = 0
-        fast = self.fast if self.fast is not None and self.fast.ready() else None
-        if fast is not None:
-            at = fast.seal(batch, entry.interface.reqid, now)
-        first = at
         while at < count:
             size, unfinished, packet = batch[at]
             taken = 1
             try:
                 if size:
                     self._seal_super(entry, packet, size, now, emit)
-                    if fast is not None and at == first:
-                        fast.learn_out(0, entry.interface.reqid, size)
+                    if self.fast is not None and not at:
+                        self.fast.learn_out(0, entry.interface.reqid, size)
                     if emit.bursts or len(emit.wire) >= BURST:
                         send()
                 elif at >= lone and (more := self._seal_run(batch, at, now, emit)):
                     taken = more
-                    if fast is not None and at == first:
-                        fast.learn_out(0, entry.interface.reqid)
+                    if self.fast is not None and not at:
+                        self.fast.learn_out(0, entry.interface.reqid)
                 else:
                     lone = max(lone, at + LONE)
                     whole = complete(packet) if unfinished else packet
                     fate = process(whole, now, emit)
                     if fate == Fate.HOLD:
                         self._hold(entry, whole, now, emit)
-                    elif fate == _DONE and fast is not None and at == first:
-                        fast.learn_out(0, entry.interface.reqid)
+                    elif fate == _DONE and self.fast is not None and not at:
+                        self.fast.learn_out(0, entry.interface.reqid)
             except Exception:
                 self._refuse(now)
             at += taken

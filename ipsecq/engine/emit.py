@@ -7,7 +7,6 @@ from typing import Final, NamedTuple
 
 from ipsecq.numbers import IPPROTO_UDP
 from ipsecq.packet import ipv4, ipv6
-from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
 from ipsecq.packet.coalesce import Run
 
@@ -72,7 +71,7 @@ class Burst(NamedTuple):
     size: int
     """Octets of UDP data in each datagram; the last one may have fewer."""
     number: int
-    data: Buffer
+    data: bytes
 
     def datagrams(self) -> list[bytes]:
         """The finished IP datagrams."""

@@ -12,7 +12,6 @@ from typing import Final
 
 import numpy as np
 
-from ipsecq import compiled
 from ipsecq.counters import FIRST_DROP, Counter
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.history import History
@@ -71,7 +70,7 @@ class InboundRuns(Inbound):
             return 0
         if offset <= 0 or view.length - offset < 8:
             return 0
-        members, numbers = _alike(packets, view.version, udp)
+        members, numbers = alike(packets, view.version, udp)
         if len(members) < MIN_RUN:
             return 0
         key = (view.dst, _ESP, spi_of(packets[0], _ESP, offset, view.length))
@@ -146,7 +145,7 @@ class InboundRuns(Inbound):
             if index + 1 < len(groups):
                 after, length, _ = groups[index + 1]
                 tail = after[0][:length] if len(after) == 1 and length <= end else b""
-            for first, stop, run in _unite(plaintexts, end, tail):
+            for first, stop, run in unite(plaintexts, end, tail):
                 if run is not None and self._enter_run(run, plaintexts[first][:end], outer, opened, now, emit):
                     tail_used = stop > len(plaintexts)
                 else:
@@ -264,7 +263,3 @@ def alike(packets: Sequence[Buffer], version: int, udp: bool) -> tuple[list[Buff
         members.append(packet if size == length else memoryview(packet)[:length])
         numbers.append(number)
     return members, numbers
-
-
-_alike: Final = alike if compiled.alike is None else compiled.alike.inbound
-_unite: Final = unite if compiled.rows is None else compiled.rows.unite

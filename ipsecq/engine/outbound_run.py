@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import Final
 
-from ipsecq import compiled
 from ipsecq.counters import Counter
 from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.emit import Emissions
@@ -62,7 +61,7 @@ class OutboundRuns(Outbound):
             length - view.offset
         ):
             return 0
-        members = _alike(packets, view.version, view.protocol, length)
+        members = alike(packets, view.version, view.protocol, length)
         if len(members) < MIN_RUN:
             return 0
         finished = decision.first.apply_equal(members, unfinished, view, now, emit)
@@ -90,6 +89,3 @@ def alike(packets: Sequence[Buffer], version: int, protocol: int, length: int) -
             break
         members.append(packet)
     return members
-
-
-_alike: Final = alike if compiled.alike is None else compiled.alike.outbound

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from struct import Struct
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -22,8 +22,7 @@ from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.extensions import final_destination
-from ipsecq.packet.segments import data_offset, fill_checksums, lay_out, pseudo_sum
+from ipsecq.packet.segments import fill_checksums, lay_out
 from ipsecq.packet.view import PacketView
 from ipsecq.sa.association import SecurityAssociation, Slot
 from ipsecq.sa.sequence import LIMIT_32, LIMIT_64, OutboundSequence
@@ -53,23 +52,6 @@ MAX_BURST: Final = 64
 MAX_BURST_OCTETS: Final = 65535 - 48
 _head: Final = Struct(">IIQ").pack
 """SPI, low sequence number, IV."""
-
-
-@runtime_checkable
-class BulkCipher(Protocol):
-    """What :class:`ipsecq.compiled.aead.Aead` does for many packets at once."""
-
-    def seal_segments(
-        self, packet: Buffer, length: int, offset: int, header: int, size: int, pseudo: int, spi: int, first: int,
-        esn: bool, outer: bytes, identification: int,
-    ) -> list[bytes] | tuple[bytes, int]:  # fmt: skip
-        """A super-packet's segments as finished datagrams; without ``outer`` as ESP packets and their distance."""
-
-    def seal_equal(
-        self, packets: list[Buffer], length: int, offset: int, unfinished: bool, pseudo: int, spi: int, first: int,
-        esn: bool, outer: bytes, identification: int,
-    ) -> list[bytes] | tuple[bytes, int]:  # fmt: skip
-        """The same for packets that are all ``length`` octets long."""
 
 
 class OutboundStep(Protocol):
@@ -127,12 +109,13 @@ class EspStep:
         self._seal_run: Callable[[int, int, list[Buffer], bool], list[bytes]] | None = (
             getattr(built, "seal_run", None) if plain else None
         )
-        self._bulk: BulkCipher | None = built if plain and isinstance(built, BulkCipher) else None
+        self.plain = plain
+        """Nothing is done to packets but ESP in tunnel mode: :mod:`ipsecq.datapath.fast` may know the SA."""
 
     @property
-    def bulk(self) -> BulkCipher | None:
-        """The compiled cipher, where the SA's packets can be made in bulk; see :mod:`ipsecq.datapath.fast`."""
-        return self._bulk
+    def cipher(self) -> cipher.EspCipher:
+        """The SA's cipher."""
+        return self._transform.cipher
 
     @property
     def outer(self) -> OuterHeader | None:
@@ -154,8 +137,6 @@ class EspStep:
     ) -> list[bytes] | list[Burst] | None:
         """See :class:`OutboundStep`.  One decision, one account and one array of headers for all segments."""
         outer, transform = self._outer, self._transform
-        if outer is not None and self._bulk is not None:
-            return self._apply_segments(self._bulk, outer, packet, view, size, now, emit)
         if outer is None or self._seal_run is None:
             return None
         laid = lay_out(packet, view, size, transform.MAX_TRAILER)
@@ -187,18 +168,11 @@ class EspStep:
         None: one by one, please.
         """
         outer, transform, count, length = self._outer, self._transform, len(packets), view.length
-        if outer is None or (self._seal_run is None and self._bulk is None):
+        if outer is None or self._seal_run is None:
             return None
         first = self._take(count * length, count, now, emit)
         if not first:
             return None
-        if self._bulk is not None:
-            front = b"" if self._bursts else self._front(outer, view, first)
-            made = self._bulk.seal_equal(
-                packets, length, view.offset, unfinished, pseudo_sum(view.src, view.dst, view.protocol), self.sa.spi,
-                first, self.sa.esn, front, outer.identification(first),
-            )  # fmt: skip
-            return self._made(outer, view, first, count, made)
         trailer = transform.trailer(length, IPPROTO_IPV4 if view.version == 4 else IPPROTO_IPV6)
         joined = bytearray().join([part for packet in packets for part in (packet[:length], trailer)])
         width = length + len(trailer)
@@ -220,55 +194,6 @@ class EspStep:
         counters[_ESP_OUTPUT] += count
         counters[_ESP_OBYTES] += octets
         return first
-
-    def _apply_segments(
-        self, bulk: BulkCipher, outer: OuterHeader, packet: Buffer, view: PacketView, size: int, now: float,
-        emit: Emissions,
-    ) -> list[bytes] | list[Burst] | None:  # fmt: skip
-        """:meth:`apply_run` by the compiled loop, which cuts and seals in one."""
-        header = data_offset(packet, view)
-        data = view.length - header
-        if not header or size <= 0 or data <= size:
-            return None
-        count = -(-data // size)
-        first = self._take(data + count * header, count, now, emit)
-        if not first:
-            return None
-        front = b"" if self._bursts else self._front(outer, view, first)
-        destination = final_destination(packet, view)
-        made = bulk.seal_segments(
-            packet, view.length, view.offset, header, size, pseudo_sum(view.src, destination, view.protocol),
-            self.sa.spi, first, self.sa.esn, front, outer.identification(first),
-        )  # fmt: skip
-        return self._made(outer, view, first, count, made)
-
-    def _front(self, outer: OuterHeader, view: PacketView, first: int) -> bytes:
-        """What is in front of ESP, for the compiled loop, which fills in lengths and identifications."""
-        front = outer.build(0, view.tos, view.dont_fragment, view.flow_label, first)
-        return natt.wrap(front, self.sa.natt, 8) if self.sa.natt is not None else front
-
-    def _made(
-        self, outer: OuterHeader, view: PacketView, first: int, count: int, made: list[bytes] | tuple[bytes, int]
-    ) -> list[bytes] | list[Burst]:
-        """What the compiled loop made: datagrams, or ESP packets of a size that go in bursts."""
-        if isinstance(made, list):
-            return made
-        sa, ports = self.sa, self.sa.natt
-        octets, size = made
-        if ports is None:
-            return []
-        most = min(MAX_BURST, MAX_BURST_OCTETS // size)
-        whole = memoryview(octets)
-        bursts: list[Burst] = []
-        for start in range(0, count, most):
-            tos, df, label, identification = outer.fields(view.tos, view.dont_fragment, view.flow_label, first + start)
-            bursts.append(
-                Burst(
-                    sa.src, sa.dst, ports.sport, ports.dport, tos, df, label, identification, size,
-                    min(most, count - start), whole[start * size : (start + most) * size],
-                )
-            )  # fmt: skip
-        return bursts
 
     def _seal_all(
         self, outer: OuterHeader, view: PacketView, first: int, plaintexts: list[Buffer], full: int, last: int

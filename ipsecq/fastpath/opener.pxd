@@ -1,6 +1,6 @@
 # What the other compiled modules use of opener.py.
 
-from ipsecq.compiled.rows cimport Shape
+from ipsecq.fastpath.runs cimport Shape
 from ipsecq.fastpath.known cimport Sa, Target
 from libc.stdint cimport uint32_t, uint64_t
 

@@ -15,8 +15,9 @@ from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObj
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.ipsecq.compiled.aead import Aead
 from cython.cimports.ipsecq.compiled.octets import get16, get32, put16, put32, put64
-from cython.cimports.ipsecq.compiled.rows import follows, is_long, is_right, may_begin, write_head
+from cython.cimports.ipsecq.fastpath.heads import Head, read_head
 from cython.cimports.ipsecq.fastpath.known import Sa, Target, address_of
+from cython.cimports.ipsecq.fastpath.runs import follows, is_long, is_right, may_begin, write_head
 from cython.cimports.ipsecq.fastpath.sockets import iovec, writev
 from cython.cimports.libc.errno import EIO, errno
 from cython.cimports.libc.stdint import int64_t, uint16_t, uint32_t, uint64_t
@@ -41,6 +42,7 @@ IN_BYTES = cython.declare(cython.Py_ssize_t, int(Counter.IN_BYTES))
 IN_DELIVERED = cython.declare(cython.Py_ssize_t, int(Counter.IN_DELIVERED))
 ESP_INPUT = cython.declare(cython.Py_ssize_t, int(Counter.ESP_INPUT))
 ESP_IBYTES = cython.declare(cython.Py_ssize_t, int(Counter.ESP_IBYTES))
+FAST = cython.declare(cython.Py_ssize_t, int(Counter.FAST_PACKETS))
 REPLAY = cython.declare(cython.Py_ssize_t, int(Slot.REPLAY))
 BADAUTH = cython.declare(cython.Py_ssize_t, int(Slot.BADAUTH))
 ESP_REPLAY = cython.declare(cython.Py_ssize_t, int(Counter.ESP_REPLAY))
@@ -264,37 +266,15 @@ class Opener:
                 return 0
 
         # What is inside, and may it come in?
-        key: cython.uchar[48]
-        used: cython.Py_ssize_t
-        own: cython.Py_ssize_t
-        offset: cython.Py_ssize_t
-        protocol: cython.int
-        if inner[0] == 0x45 and inner[count - 1] == 4:
-            own, offset, protocol = get16(inner + 2), 20, inner[9]
-            if get16(inner + 6) & 0x3FFF:
-                return 0
-            memcpy(key, inner + 12, 8)
-            used = 8
-        elif inner[0] >> 4 == 6 and inner[count - 1] == 41 and octets >= 48:
-            own, offset, protocol = 40 + get16(inner + 4), 40, inner[6]
-            memcpy(key, inner + 8, 32)
-            used = 32
-        else:
+        head: Head
+        key: cython.uchar[64]
+        if not read_head(inner, octets, cython.address(head), key):
             return 0
-        if own > octets or own < offset + 8:
+        if inner[count - 1] != (4 if head.offset == 20 else 41):
             return 0
-        if protocol == 6 or protocol == 17:
-            if protocol == 17 and self._natt_port(get16(inner + offset + 2)):
-                return 0
-            memcpy(key + used, inner + offset, 4)
-        elif protocol == (1 if offset == 20 else 58):
-            key[used] = key[used + 2] = 0
-            key[used + 1], key[used + 3] = inner[offset], inner[offset + 1]
-        else:
+        if head.protocol == 17 and self._natt_port(get16(inner + head.offset + 2)):
             return 0
-        key[used + 4] = cython.cast(cython.uchar, protocol)
-        used += 5
-        flow: bytes = PyBytes_FromStringAndSize(cython.cast(cython.p_char, key), used)
+        flow: bytes = PyBytes_FromStringAndSize(cython.cast(cython.p_char, key), head.flow)
         target = sa.allowed.get(flow)
         if target is None:
             self.refused_flow = flow
@@ -307,7 +287,8 @@ class Opener:
         self.counters[ESP_INPUT] += 1
         self.counters[ESP_IBYTES] += octets
         self.counters[IN_DELIVERED] += 1
-        self._deliver(inner, own, target)
+        self.counters[FAST] += 1
+        self._deliver(inner, head.length, target)
         return 1
 
     @cython.cfunc
@@ -317,6 +298,7 @@ class Opener:
         """Count a datagram of ``length`` octets that is dropped; it is finished."""
         self.words[sa.limits.base + word] += 1
         self.counters[reason] += 1
+        self.counters[FAST] += 1
         self.counters[IN_PACKETS] += 1
         self.counters[IN_BYTES] += length
         return 1

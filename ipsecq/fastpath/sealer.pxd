@@ -11,7 +11,6 @@ cdef class Sealer:
     cdef uint64_t *counters
     cdef uint64_t *words
     cdef public dict flows
-    cdef public object refused
     cdef public list failed
     cdef public object collected
     cdef Flow _last

@@ -14,8 +14,8 @@ if not cython.compiled:
 
 from cython.cimports.cpython.buffer import PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from cython.cimports.ipsecq.compiled.aead import cut_segment
 from cython.cimports.ipsecq.compiled.octets import folded, get16, get32, native, put16, put32, put_checksum, words
+from cython.cimports.ipsecq.fastpath.heads import Head, read_head
 from cython.cimports.ipsecq.fastpath.known import Flow, Way, address_of
 from cython.cimports.ipsecq.fastpath.sockets import (
     MSG_DONTWAIT,
@@ -49,6 +49,7 @@ FLOW_HIT = cython.declare(cython.Py_ssize_t, int(Counter.FLOW_HIT))
 ESP_TUNNEL = cython.declare(cython.Py_ssize_t, int(Counter.ESP_TUNNEL))
 ESP_OUTPUT = cython.declare(cython.Py_ssize_t, int(Counter.ESP_OUTPUT))
 ESP_OBYTES = cython.declare(cython.Py_ssize_t, int(Counter.ESP_OBYTES))
+FAST = cython.declare(cython.Py_ssize_t, int(Counter.FAST_PACKETS))
 SUPER_PACKETS = cython.declare(cython.Py_ssize_t, int(Counter.SUPER_PACKETS))
 SEND_FAILED = cython.declare(cython.Py_ssize_t, int(Counter.SEND_FAILED))
 
@@ -57,15 +58,15 @@ SEND_FAILED = cython.declare(cython.Py_ssize_t, int(Counter.SEND_FAILED))
 class Sealer:
     """The flows that are known here, and what they send.
 
-    ``flows`` holds :class:`Flow` by key; ``refused`` is the key of the packet that was left alone last, None if it can
-    have none.  ``failed`` holds bursts and datagrams that the kernel did not take for a reason other than a lack of room.
+    ``flows`` holds :class:`Flow` by key.  ``failed`` holds bursts and datagrams that the kernel did not take for a reason
+    other than a lack of room.
     """
 
     def __cinit__(self, counters, table, collect: bool = False):
         """``counters`` and ``table`` are memoryviews of 64-bit words; with ``collect`` nothing is sent."""
         self._counters_owner, self.counters = counters, address_of(counters)
         self._words_owner, self.words = table, address_of(table)
-        self.flows, self.refused, self.failed = {}, None, []
+        self.flows, self.failed = {}, []
         self.collected = [] if collect else None
         self._octets = cython.cast(cython.p_uchar, malloc(1 << 17))
         self._arena = cython.cast(cython.p_uchar, malloc(ARENA))
@@ -127,51 +128,18 @@ class Sealer:
         ``gso``: a super-packet, of segments with ``size`` octets of data; 0: as large as the flow's.  ``mark`` is that
         of the sending socket's policy, ``tag`` the reqid of the interface that it was routed into, or 0.
         """
-        length: cython.Py_ssize_t
-        offset: cython.Py_ssize_t
-        protocol: cython.int
-        tos: cython.uchar
-        df: cython.bint = False
-        label: uint32_t = 0
+        head: Head
         key: cython.uchar[64]
-        used: cython.Py_ssize_t
-        self.refused = None
-        if captured < 28:
+        if not read_head(at, captured, cython.address(head), key):
             return 0
-        if at[0] == 0x45:
-            length, offset, protocol, tos, df = get16(at + 2), 20, at[9], at[1], at[6] & 0x40
-            if get16(at + 6) & 0x3FFF:
-                return 0
-            memcpy(key, at + 12, 8)
-            used = 8
-        elif at[0] >> 4 == 6 and captured >= 48:
-            length, offset, protocol = 40 + get16(at + 4), 40, at[6]
-            tos = (at[0] & 15) << 4 | at[1] >> 4
-            label = get32(at) & 0xFFFFF
-            memcpy(key, at + 8, 32)
-            used = 32
-        else:
+        length: cython.Py_ssize_t = head.length
+        offset: cython.Py_ssize_t = head.offset
+        protocol: cython.int = head.protocol
+        if (gso and protocol != 6) or (unfinished and protocol != 6 and protocol != 17):
             return 0
-        if length > captured:
-            return 0
-        if protocol == 6:
-            if length < offset + 20:
-                return 0
-        elif protocol == 17:
-            if gso or length < offset + 8 or get16(at + offset + 4) != length - offset:
-                return 0
-        elif unfinished or gso or protocol != (1 if offset == 20 else 58) or length < offset + 8:
-            return 0
-        if protocol == 6 or protocol == 17:
-            memcpy(key + used, at + offset, 4)
-        else:
-            key[used] = key[used + 2] = 0
-            key[used + 1], key[used + 3] = at[offset], at[offset + 1]  # type and code
-        put32(key + used + 4, mark)
-        put32(key + used + 8, tag)
-        key[used + 12] = cython.cast(cython.uchar, protocol)
-        used += 13
-        flow: Flow = self._find(key, used)
+        put32(key + head.flow, mark)
+        put32(key + head.flow + 4, tag)
+        flow: Flow = self._find(key, head.flow + 8)
         if flow is None or now >= flow.mtu_until:
             return 0
         way: Way = flow.way
@@ -205,6 +173,7 @@ class Sealer:
         self.counters[OUT_PACKETS] += count
         self.counters[OUT_BYTES] += length + (count - 1) * header
         self.counters[FLOW_HIT] += count
+        self.counters[FAST] += count
         self.counters[ESP_TUNNEL] += count
         self.counters[ESP_OUTPUT] += count
         self.counters[ESP_OBYTES] += octets
@@ -213,8 +182,9 @@ class Sealer:
             pseudo = folded(words(at + 12, 8) if offset == 20 else words(at + 8, 32))
             pseudo = (pseudo & 0xFF) << 8 | pseudo >> 8 if native(1) != 1 else pseudo
             pseudo += protocol
-        df = way.dfbit == 1 or (way.dfbit == 2 and df)
-        tos &= way.tos_mask
+        df: cython.bint = way.dfbit == 1 or (way.dfbit == 2 and head.df)
+        tos: cython.uchar = head.tos & way.tos_mask
+        label: uint32_t = head.label
         next_header: cython.int = 4 if offset == 20 else 41
         to: cython.p_uchar
         if not gso:
@@ -231,7 +201,7 @@ class Sealer:
             if index == count - 1:
                 part = data - index * size
             to = self._place(way, way.aead._sealed(header + part), tos, df, label, number + index)
-            cut_segment(to + HEAD, at, offset, header, True, index, index == count - 1, size, part, pseudo)
+            _cut(to + HEAD, at, offset, header, True, index, index == count - 1, size, part, pseudo)
             way.aead._seal_at(to, header + part, next_header, way.spi, number + index, way.esn)
         return 1
 
@@ -240,9 +210,7 @@ class Sealer:
         """The flow with this key, or None.  Packets of one flow come one behind the other."""
         if used == self._key_length and self._last is not None and memcmp(key, self._key, used) == 0:
             return self._last
-        name: bytes = PyBytes_FromStringAndSize(cython.cast(cython.p_char, key), used)
-        self.refused = name
-        found = self.flows.get(name)
+        found = self.flows.get(PyBytes_FromStringAndSize(cython.cast(cython.p_char, key), used))
         if found is not None:
             self._last = found
             memcpy(self._key, key, used)
@@ -398,6 +366,41 @@ class Sealer:
     def _datagram(self, index: cython.Py_ssize_t) -> bytes:
         vector: cython.pointer(iovec) = self._vector + index
         return PyBytes_FromStringAndSize(cython.cast(cython.p_char, vector.iov_base), vector.iov_len)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _cut(
+    to: cython.p_uchar, octets: cython.p_uchar, offset: cython.Py_ssize_t, header: cython.Py_ssize_t, tcp: cython.bint,
+    index: cython.Py_ssize_t, last: cython.bint, size: cython.Py_ssize_t, data: cython.Py_ssize_t, pseudo: uint32_t,
+) -> cython.void:  # fmt: skip
+    """One segment of a super-packet: number ``index``, of ``data`` octets."""
+    upper: cython.p_uchar = to + offset
+    field: cython.Py_ssize_t = 16 if tcp else 6
+    memcpy(to, octets, header)
+    memcpy(to + header, octets + header + index * size, data)
+    if octets[0] >> 4 == 4:
+        put16(to + 2, cython.cast(uint32_t, header + data))
+        put16(to + 4, get16(octets + 4) + cython.cast(uint32_t, index))
+        put16(to + 10, 0)
+        put_checksum(to + 10, words(to, (octets[0] & 15) * 4), False)
+    else:
+        put16(to + 4, cython.cast(uint32_t, header + data - 40))
+    if tcp:
+        put32(upper + 4, get32(octets + offset + 4) + cython.cast(uint32_t, index * size))
+        if index:
+            upper[13] &= 0x7F  # CWR stays with the first segment (RFC 3168 section 6.1.2)
+        if not last:
+            upper[13] &= 0xF6  # FIN and PSH are the last one's
+    else:
+        put16(upper + 4, cython.cast(uint32_t, header - offset + data))
+    put16(upper + field, 0)
+    put_checksum(
+        upper + field,
+        words(upper, header - offset + data) + native(cython.cast(uint32_t, (pseudo + header - offset + data) % 65535)),
+        not tcp,
+    )
 
 
 @cython.cfunc

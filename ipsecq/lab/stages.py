@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ipsecq import compiled
+from ipsecq import fastpath
 from ipsecq.crypto import cipher
 from ipsecq.datapath import enc0
 from ipsecq.datapath.enc0 import Enc0
@@ -131,7 +131,7 @@ class _Nowhere:
 
 def fast(side: Engine) -> FastPath | None:
     """A fast path beside the engine, if there is one."""
-    if not compiled.active:
+    if not fastpath.active:
         return None
     nowhere: Any = _Nowhere()
     path = FastPath(

@@ -46,6 +46,7 @@ EVENTS: Final = {
     Counter.IPCOMP_THRESHOLD: ("ipcomp_below_threshold", "packets too short to be compressed"),
     Counter.IPCOMP_UNCOMPR: ("ipcomp_uncompressible", "packets that compression would not make shorter"),
     Counter.SUPER_PACKETS: ("super_packets", "TCP super-packets taken whole"),
+    Counter.FAST_PACKETS: ("fast_path", "packets and segments that the compiled fast path took, either way"),
     Counter.COALESCED: ("coalesced", "decapsulated segments that entered as a part of another packet"),
 }
 """Value of the label ``event`` and its meaning."""

@@ -70,14 +70,14 @@ def lay_out(packet: Buffer, view: PacketView, mss: int, room: int = 0) -> Segmen
 
     None for a packet that comes back alone.
     """
-    header = data_offset(packet, view)
+    header = _header_length(packet, view)
     data = view.length - header
     if not header or mss <= 0 or data <= mss:
         return None
     return _rows(packet, view, header, data, mss, room)
 
 
-def data_offset(packet: Buffer, view: PacketView) -> int:
+def _header_length(packet: Buffer, view: PacketView) -> int:
     """Octets before the data of a TCP segment or a UDP datagram; 0: not one, or one that lies about its length."""
     offset, room = view.offset, view.length - view.offset
     if view.is_fragment:
@@ -89,11 +89,6 @@ def data_offset(packet: Buffer, view: PacketView) -> int:
     if view.protocol == UDP and room >= 8:
         return offset + 8
     return 0
-
-
-def pseudo_sum(src: bytes, dst: bytes, protocol: int) -> int:
-    """The pseudo header's sum without the length, modulo 65535 (RFC 1071); ``dst``: where the packet goes in the end."""
-    return (int.from_bytes(src, "big") + int.from_bytes(dst, "big") + protocol) % 65535
 
 
 def _rows(packet: Buffer, view: PacketView, header: int, data: int, mss: int, room: int) -> Segments:

@@ -94,6 +94,7 @@ def test_everything_crosses_and_the_wire_shows_esp_alone(world):
     assert repeated_sequence_numbers(frames) == []
     assert world.gateways[0].metric("ipsecq_events_total", event="super_packets") > 50
     assert world.gateways[1].metric("ipsecq_events_total", event="coalesced") > 50
+    assert all(gateway.metric("ipsecq_events_total", event="fast_path") > 1000 for gateway in world.gateways)
 
 
 def test_gateways_themselves_talk_through_it(world):

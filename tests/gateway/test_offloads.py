@@ -45,5 +45,7 @@ def test_traffic_crosses_and_arrives_unharmed(make_world, off):
     for gateway in world.gateways:
         assert gateway.metric("ipsecq_drops_total", reason="esp_badauth") == 0
         assert gateway.metric("ipsecq_drops_total", reason="esp_replay") == 0
+        taken = gateway.metric("ipsecq_events_total", event="fast_path")
+        assert taken > 10_000 if off != "compiled" else taken == 0
         joined = gateway.metric("ipsecq_events_total", event="coalesced")
         assert (joined > 1000) == (off != "coalesce")

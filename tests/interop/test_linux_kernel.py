@@ -25,6 +25,8 @@ def test_both_ends_understand_each_other(kernel_peer, cell):
         assert kernel_peer.tcp_to_there(cell, 3_000_000)
         assert kernel_peer.tcp_from_there(cell, 3_000_000)
         wire.settle()
+    taken = kernel_peer.gateway.metric("ipsecq_events_total", event="fast_path")
+    assert taken > 1000 if cell.suites == (AEAD[0],) else taken == 0
     frames = wire.frames()
     assert in_clear(frames, NEAR_LAN[cell.inner], FAR_LAN[cell.inner]) == []
     assert {0x2000, 0x2001} <= {frame.esp[0] for frame in frames if frame.esp}

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, annotation_typing=True
 """Batches from queues, by the fast path alone: what a worker does while there is nothing else to do.
 
-:class:`FastPath` waits for a queue, reads what is there, lets :class:`Sealer` and :class:`Opener` take packets up to the
+The :class:`Reader` waits for a queue, reads what is there, lets :class:`Sealer` and :class:`Opener` take packets up to the
 first one that they leave alone, sends what they made and the verdicts, and says where the rest begins.  The rest is the
 engine's.
 """
@@ -70,8 +70,8 @@ HISTOGRAM_SUM_NS = cython.declare(cython.Py_ssize_t, _HISTOGRAM_SUM_NS)
 
 
 @cython.cclass
-class FastPath:
-    """One worker's fast path.
+class Reader:
+    """Reads a worker's queues and devices.
 
     ``done`` is how many packets of the last batch are finished; ``partial``: the one behind these is a super-packet of
     which ``opener.rest`` is left.  ``lost`` are verdicts that the kernel did not take, which have to go first.

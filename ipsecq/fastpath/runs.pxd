@@ -1,4 +1,4 @@
-# What the other compiled modules use of rows.py.
+# What the other compiled modules use of runs.py.
 
 from libc.stdint cimport uint32_t
 

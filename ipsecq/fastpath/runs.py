@@ -1,27 +1,21 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, annotation_typing=True
-"""Opened packets that follow one another put together, compiled: the rules are those of :mod:`ipsecq.packet.rows`."""
+"""Which opened packets are one packet for the kernel: the rules of :mod:`ipsecq.packet.rows`, a packet at a time."""
 
 import cython
 
 if not cython.compiled:
     raise ImportError("this module only works compiled")
 
-from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cython.cimports.ipsecq.compiled.octets import folded, get16, get32, native, put16, put_checksum, words
 from cython.cimports.libc.stdint import uint16_t, uint32_t
 from cython.cimports.libc.string import memcmp, memcpy
 
-from ipsecq.packet.coalesce import MAX_LENGTH as _MAX_LENGTH
 from ipsecq.packet.coalesce import MIN_SEGMENT as _MIN_SEGMENT
-from ipsecq.packet.coalesce import Run
-from ipsecq.packet.rows import MAX_DATAGRAMS as _MAX_DATAGRAMS
-from ipsecq.packet.rows import Piece
 
-MAX_LENGTH = cython.declare(cython.Py_ssize_t, _MAX_LENGTH)
 MIN_SEGMENT = cython.declare(cython.Py_ssize_t, _MIN_SEGMENT)
-MAX_DATAGRAMS = cython.declare(cython.Py_ssize_t, _MAX_DATAGRAMS)
 TCP = cython.declare(cython.int, 6)
 UDP = cython.declare(cython.int, 17)
+
 
 @cython.cfunc
 @cython.nogil
@@ -141,97 +135,3 @@ def write_head(
         put_checksum(at + 10, words(at, 20), False)
     else:
         put16(at + 4, cython.cast(uint32_t, total - 40))
-
-
-@cython.cfunc
-def _join(
-    packets: list, start: cython.Py_ssize_t, end: cython.Py_ssize_t, length: cython.Py_ssize_t, tail: bytes,
-    shape: cython.pointer(Shape),
-):  # fmt: skip
-    """Packets ``start`` to ``end`` (excluded) and ``tail`` (which may be empty) as one."""
-    header: cython.Py_ssize_t = shape.header
-    size: cython.Py_ssize_t = length - header
-    rest: cython.Py_ssize_t = max(PyBytes_GET_SIZE(tail) - header, 0)
-    count: cython.Py_ssize_t = end - start
-    index: cython.Py_ssize_t
-    data: bytes = PyBytes_FromStringAndSize(cython.NULL, count * size + rest)
-    into: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(data))
-    at: cython.p_uchar = cython.NULL
-    for index in range(start, end):
-        at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(packets[index]))
-        memcpy(into, at + header, size)
-        into += size
-    if rest:
-        at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(tail))
-        memcpy(into, at + header, rest)
-        count += 1
-    pushed: cython.uchar = at[shape.offset + 13] & 8 if shape.tcp else 0
-    at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(packets[start]))
-    head: bytes = PyBytes_FromStringAndSize(cython.cast(cython.p_char, at), header)
-    total: cython.Py_ssize_t = header + (end - start) * size + rest
-    write_head(cython.cast(cython.p_uchar, PyBytes_AS_STRING(head)), shape, total, pushed)
-    version: cython.int = 4 if shape.offset == 20 else 6
-    return Run([head, data], size, header, shape.offset, version, TCP if shape.tcp else UDP, count)
-
-
-def unite(packets: list, length: cython.Py_ssize_t, tail: bytes = b"") -> list:
-    """See :func:`ipsecq.packet.rows.unite`."""
-    shape: Shape
-    count: cython.Py_ssize_t = len(packets)
-    index: cython.Py_ssize_t
-    end: cython.Py_ssize_t
-    start: cython.Py_ssize_t = 0
-    size: cython.Py_ssize_t
-    most: cython.Py_ssize_t
-    good: cython.bint
-    at: cython.p_uchar
-    pieces: list = []
-    for packet in packets:
-        if not isinstance(packet, bytes) or PyBytes_GET_SIZE(packet) < length:
-            raise ValueError("packets of bytes that are long enough, please")
-    while start < count:
-        at = cython.cast(cython.p_uchar, PyBytes_AS_STRING(packets[start]))
-        if not may_begin(at, length, cython.address(shape)):
-            pieces.append(Piece(start, start + 1, None))
-            start += 1
-            continue
-        size = length - shape.header
-        most = (MAX_LENGTH - shape.header) // size
-        if not shape.tcp:
-            most = min(most, MAX_DATAGRAMS)
-        good = is_right(at, length, cython.address(shape))
-        end = start + 1
-        while end < count and end - start < most:
-            following: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(packets[end]))
-            if not is_long(following, length, cython.address(shape)) or not follows(
-                at, following, cython.address(shape), size
-            ):
-                break
-            good = good and is_right(following, length, cython.address(shape))
-            at = following
-            end += 1
-        run = None
-        if good and end - start > 1:
-            last: bytes = b""
-            if end == count and end - start < most and _ends(at, tail, size, cython.address(shape), end - start):
-                last = tail
-            run = _join(packets, start, end, length, last, cython.address(shape))
-            if last:
-                pieces.append(Piece(start, end + 1, run))
-                break
-        pieces.append(Piece(start, end, run))
-        start = end
-    return pieces
-
-
-@cython.cfunc
-def _ends(
-    before: cython.p_uchar, tail: bytes, size: cython.Py_ssize_t, shape: cython.pointer(Shape), count: cython.Py_ssize_t
-) -> cython.bint:
-    """Whether ``tail``, perhaps shorter, belongs behind ``count`` packets, of which ``before`` is the last."""
-    length: cython.Py_ssize_t = PyBytes_GET_SIZE(tail)
-    data: cython.Py_ssize_t = length - shape.header
-    at: cython.p_uchar = cython.cast(cython.p_uchar, PyBytes_AS_STRING(tail))
-    if data < 1 or data > size or shape.header + count * size + data > MAX_LENGTH:
-        return False
-    return is_long(at, length, shape) and follows(before, at, shape, size) and is_right(at, length, shape)
