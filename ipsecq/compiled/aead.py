@@ -36,7 +36,6 @@ from cython.cimports.libc.string import memcpy
 
 HEAD = cython.declare(cython.Py_ssize_t, 16)
 """Octets of SPI, sequence number and IV."""
-_TCP = cython.declare(cython.int, 6)
 _ALIGN = cython.declare(cython.Py_ssize_t, 4)
 
 

@@ -210,7 +210,7 @@ class FastPath:
         sa = ready.sa
         peer, port = ready.peer
         made = self._compiled.Sa(
-            ready.cipher, self._compiled.Limits(sa.slot, *ready.limits), sa.spi, sa.esn, ready.window.size,
+            ready.cipher, self._compiled.Limits(sa.slot, *ready.limits), sa.esn, ready.window.size,
             max(ready.window.mask, 0), sa.natt is not None, peer, port, ready,
         )  # fmt: skip
         self.opener.add(key, made)

@@ -55,7 +55,6 @@ cdef class Target:
 cdef class Sa:
     cdef Aead aead
     cdef Limits limits
-    cdef uint32_t spi
     cdef bint esn
     cdef uint64_t window
     cdef uint64_t mask

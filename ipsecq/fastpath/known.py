@@ -109,9 +109,9 @@ class Target:
 class Sa:
     """An inbound SA and the flows that may come out of it: key to :class:`Target`."""
 
-    def __init__(self, aead: Aead, limits: Limits, spi, esn, window, mask, natt, peer: bytes, peer_port, owner):
+    def __init__(self, aead: Aead, limits: Limits, esn, window, mask, natt, peer: bytes, peer_port, owner):
         """``window`` in packets (0: off), ``mask`` of the ring's words; ``peer``, port: where NAT-T packets come from."""
-        self.aead, self.limits, self.spi, self.esn = aead, limits, spi, esn
+        self.aead, self.limits, self.esn = aead, limits, esn
         self.window, self.mask, self.natt, self.peer_port = window, mask, natt, peer_port
         memset(self.peer, 0, 16)
         memcpy(self.peer, PyBytes_AS_STRING(peer), min(16, len(peer)))

@@ -51,7 +51,6 @@ GATHER_FROM = cython.declare(cython.Py_ssize_t, 4)
 GATHER_BELOW = cython.declare(cython.Py_ssize_t, 48)
 """Packets in a batch that say that more are on their way, and that it was read too early."""
 GATHER_NANOSECONDS = cython.declare(cython.long, 50000)
-VERDICT = cython.declare(cython.Py_ssize_t, 40)
 MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
 MAX_QUEUES = cython.declare(cython.Py_ssize_t, 64)
 MAX_DEVICES = cython.declare(cython.Py_ssize_t, 256)
