@@ -20,7 +20,8 @@ from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
 from ipsecq.datapath.tap import Taps
-from ipsecq.datapath.udp import IPV6_FLOWINFO, SOL_UDP, UDP_SEGMENT, UdpOutput
+from ipsecq.datapath.udp import UdpOutput
+from ipsecq.datapath.udp import options as udp_options
 from ipsecq.engine.emit import Burst
 from ipsecq.engine.inbound import Inbound
 from ipsecq.engine.inbound_sa import EspReady, InboundSa
@@ -30,8 +31,6 @@ from ipsecq.engine.tables import Tables
 from ipsecq.numbers import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Mode, Protocol
 from ipsecq.packet.view import PacketView
 from ipsecq.transforms import natt
-
-IP_PKTINFO: Final = 8
 
 _ESP: Final = int(Protocol.ESP)
 _PORTS: Final = frozenset({IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6})
@@ -114,7 +113,7 @@ class FastPath:
     def finished(self, queue: Queue, got: int) -> tuple[int, int]:
         """Of ``got`` packets that were read: how many are finished, and how many there are, once errors are dealt with.
 
-        The first that is not finished is the engine's.  If it is a super-packet, ``left`` may be what is left of it.
+        The first that is not finished is the engine's; of a super-packet perhaps only :meth:`take_left`.
         """
         path = self._path
         if path.lost:
@@ -146,11 +145,11 @@ class FastPath:
         size, unfinished, packet = left
         return [Routed(size, unfinished, memoryview(packet))]
 
-    @property
-    def left(self) -> list[bytes] | None:
-        """Datagrams that are left of the first packet behind the finished ones; None: all of it is."""
+    def take_left(self) -> list[bytes] | None:
+        """Datagrams that are left of the first packet behind the finished ones, once; None: all of it is."""
         if not self._path.partial:
             return None
+        self._path.partial = False  # the engine goes on behind that packet, perhaps without us
         rest: list[bytes] = self.opener.rest
         self.opener.rest = []
         return rest
@@ -256,7 +255,8 @@ class FastPath:
             if sockets is None:
                 return None
             plain, df = sockets
-            options = _options(sa.src)
+            # The sealer fills in size, TOS and flow label, so there has to be one.
+            options = b"".join([_control(*each) for each in udp_options(sa.src, 0, 1, 0)])
             burst = _burst_maker(sa.src, sa.dst, sa.natt.sport, sa.natt.dport)
         else:
             plain = df = self._output.descriptor(family)
@@ -284,18 +284,6 @@ def _sockaddr(family: socket.AddressFamily, address: bytes, port: int) -> bytes:
     return head + address + bytes(8) if family == socket.AF_INET else head + bytes(4) + address + bytes(4)
 
 
-def _options(src: bytes) -> bytes:
-    """Control messages of a burst from ``src`` (cmsg(3)); the sealer fills in size, TOS and flow label."""
-    messages = [_control(SOL_UDP, UDP_SEGMENT, bytes(2))]
-    if len(src) == 4:
-        messages.append(_control(socket.IPPROTO_IP, socket.IP_TOS, bytes(4)))
-        messages.append(_control(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, src, bytes(4))))
-    else:
-        messages.append(_control(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, bytes(4)))
-        messages.append(_control(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", src, 0)))
-        messages.append(_control(socket.IPPROTO_IPV6, IPV6_FLOWINFO, bytes(4)))
-    return b"".join(messages)
-
-
 def _control(level: int, kind: int, data: bytes) -> bytes:
+    """A control message as the kernel reads it."""
     return struct.pack("=Qii", 16 + len(data), level, kind) + data + bytes(-len(data) % 8)

@@ -245,7 +245,7 @@ class WorkerLoop(Batches):
                 self._changed = True
             if finished == count:
                 return count
-            if (left := fast.left) is not None:
+            if (left := fast.take_left()) is not None:
                 self._finish_super(queue, queue.rest(finished, finished + 1), left)
                 finished += 1
             else:

@@ -112,6 +112,23 @@ def _socket(family: int, df: bool, mark: int) -> socket.socket:
     return one
 
 
+def options(src: bytes, tos: int, flow_label: int, size: int) -> Options:
+    """Control messages of a burst from ``src`` (cmsg(3)).
+
+    In this order: size of the datagrams, TOS or traffic class, source, and the flow label if it is not 0.
+    """
+    made: Options = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", size))]
+    if len(src) == 4:
+        made.append((socket.IPPROTO_IP, socket.IP_TOS, struct.pack("=i", tos)))
+        made.append((socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, src, bytes(4))))
+    else:
+        made.append((socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("=i", tos)))
+        made.append((socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", src, 0)))
+        if flow_label:
+            made.append((socket.IPPROTO_IPV6, IPV6_FLOWINFO, struct.pack(">I", flow_label)))
+    return made
+
+
 class UdpOutput:
     """A worker's part: sends bursts.  ``errors`` counts by errno what did not go."""
 
@@ -156,17 +173,9 @@ class UdpOutput:
     def _make(self, burst: Burst) -> Options:
         if len(self._options) >= _MAX_OPTIONS:
             self._options.clear()
-        options: Options = [(SOL_UDP, UDP_SEGMENT, struct.pack("=H", burst.size))]
-        if len(burst.src) == 4:
-            options.append((socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i4s4s", 0, burst.src, bytes(4))))
-            options.append((socket.IPPROTO_IP, socket.IP_TOS, struct.pack("=i", burst.tos)))
-        else:
-            options.append((socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", burst.src, 0)))
-            options.append((socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("=i", burst.tos)))
-            if burst.flow_label:
-                options.append((socket.IPPROTO_IPV6, IPV6_FLOWINFO, struct.pack(">I", burst.flow_label)))
-        self._options[burst.src, burst.tos, burst.flow_label, burst.size] = options
-        return options
+        made = options(burst.src, burst.tos, burst.flow_label, burst.size)
+        self._options[burst.src, burst.tos, burst.flow_label, burst.size] = made
+        return made
 
     def close(self) -> None:
         """Close this worker's copies."""

@@ -99,7 +99,7 @@ class Reader:
     _queue_count: cython.Py_ssize_t
     lost = cython.declare(bytes, visibility="public")
     done = cython.declare(cython.Py_ssize_t, visibility="readonly")
-    partial = cython.declare(cython.bint, visibility="readonly")
+    partial = cython.declare(cython.bint, visibility="public")
 
     def __cinit__(self, *_):
         self._room = cython.cast(cython.p_uchar, malloc(ROOM))

@@ -275,3 +275,11 @@ def test_replays_and_forgeries_are_dropped_at_once_unless_somebody_wants_to_hear
 def test_it_is_here_where_the_tests_run():
     """Left out where a compiler is missing; what `make test` installs has one, so nothing here may pass by not running."""
     assert fastpath.active, fastpath.missing
+
+
+def test_what_is_left_of_a_super_packet_is_handed_out_once():
+    """Asked again, before it goes on, it has nothing: what stands behind that packet is whole."""
+    fast = Fast(peers(association("gcm", 4), 4)[0])
+    fast.path._path.partial, fast.path.opener.rest = True, [b"datagram"]
+    assert fast.path.take_left() == [b"datagram"]
+    assert fast.path.take_left() is None
