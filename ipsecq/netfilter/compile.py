@@ -3,12 +3,12 @@
 A packet's way through the table::
 
     prerouting  -250  enc0 (see ``inner.py``), devices of route-based tunnels → accept · ESP, AH, IPComp and ESP in UDP
-                      to a local address → worker of the SPI · ICMP "too big" about them → worker 0 · ours, bypass
-                      sockets, neighbour discovery → accept · sockets' policies · inbound policies (clear packets
-                      only) · default policy
+                      to a local address → worker of the SPI · ICMP "too big" about them → worker 0 · neighbour
+                      discovery → accept · sockets' policies · inbound policies (clear packets only) · default
+                      policy; what would be refused and is for a bypass socket → accept
     output      -250  ESP in UDP from our own sockets gets the NAT-T port
-    postrouting  150  ours, devices of route-based tunnels, neighbour discovery → accept · sockets' policies · outbound
-                      policies → guard → worker · default policy
+    postrouting  150  ours → accept · devices of route-based tunnels · neighbour discovery → accept · sockets' policies ·
+                      outbound policies → guard → worker · default policy
     egress            (netdev, each guarded device) what was replaced → drop
 
 Every text here is one transaction: the kernel shows the old rules to a packet, or the new ones, never none.
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from ipsecq.netfilter import socketmaps
+from ipsecq.netfilter import hooks, socketmaps
 from ipsecq.netfilter.plan import Plan
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.netfilter.steering import buckets
@@ -40,7 +40,6 @@ COUNTERS: Final = (
 """Named counters of the table: drops (and keepalives) that the kernel does without a worker."""
 
 NO_SOCKETS: Final[Mapping[int, SocketPolicy]] = {}
-PROTOCOLS: Final = "{ esp, ah, comp }"
 BLOCK: Final = "counter name blocked_dropped drop"
 
 
@@ -53,7 +52,7 @@ def worker_chains(settings: NetfilterSettings) -> dict[str, tuple[int, int, bool
             chains[f"{prefix}_{queue}"] = first + queue, first + queue, bypass
         chains[f"{prefix}_spread"] = first, last, bypass
     # Clear packets that a fail-open policy wants protected: a worker drops them, and without one they pass.
-    chains["in_clear_open"] = first, last, True
+    chains["clear_open"] = first, last, True
     return chains
 
 
@@ -71,24 +70,6 @@ def guard_set(guarded: Mapping[int, str]) -> Iterator[str]:
     devices = ", ".join(guard_element(index, device) for index, device in guarded.items())
     elements = f" elements = {{ {devices} }};" if guarded else ""
     yield f"set guarded {{ type iface_index . ifname;{elements} }}"
-
-
-def interface_set(settings: NetfilterSettings) -> str:
-    """The set of the devices of route-based tunnels, whose packets no policy of the SPD concerns."""
-    elements = f" elements = {{ {_names(settings)} }};" if settings.interfaces else ""
-    return f"set interfaces {{ type ifname;{elements} }}"
-
-
-def compile_interfaces(settings: NetfilterSettings) -> str:
-    """One transaction that gives the set its elements."""
-    lines = [f"flush set inet {settings.table} interfaces"]
-    if settings.interfaces:
-        lines.append(f"add element inet {settings.table} interfaces {{ {_names(settings)} }}")
-    return "\n".join(lines) + "\n"
-
-
-def _names(settings: NetfilterSettings) -> str:
-    return ", ".join(f'"{name}"' for name in settings.interfaces)
 
 
 def compile_ruleset(
@@ -197,7 +178,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
     for counter in COUNTERS:
         yield f"counter {counter} {{ }}"
     yield from guard_set(guarded)
-    yield interface_set(settings)
+    yield from hooks.interface_maps(settings)
     for chain, (_, _, bypass) in worker_chains(settings).items():
         yield f"chain {chain} {{ {'accept' if bypass else BLOCK}; }}"
     for suffix in worker_suffixes(settings):
@@ -210,8 +191,9 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield "  oif . oifname != @guarded accept"
         yield f"  goto open_{suffix}"
         yield "}"
-    yield "chain in_clear { counter name in_clear_dropped drop; }"
-    yield "chain in_discard { counter name in_discard_dropped drop; }"
+    yield "chain in_clear { jump exempt_in; counter name in_clear_dropped drop; }"
+    yield "chain in_clear_open { jump exempt_in; goto clear_open; }"
+    yield "chain in_discard { jump exempt_in; counter name in_discard_dropped drop; }"
     yield "chain out_discard { counter name out_discard_dropped drop; }"
     for chain in ("default_in", "default_out"):
         yield f"chain {chain} {{ }}"
@@ -220,9 +202,13 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield f"chain policy_{side}_ipv6 {{ }}"
     yield from socketmaps.skeleton(settings)
     yield from _spi_chain(settings)
+    yield "chain exempt_in {"
+    yield from hooks.ours(settings)
+    yield "}"
+    yield from hooks.neighbours(settings)
     yield from _prerouting(settings)
     yield from _postrouting(settings)
-    yield from interface_out()
+    yield from hooks.interface_out()
     if settings.udp_ports:
         yield from _output(settings)
 
@@ -233,57 +219,56 @@ def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
     yield "chain steer {"
     for field in ("esp spi", "ah spi", "comp cpi"):
         yield f"  {field} & {count - 1} vmap {{ {targets} }}"
+    yield "  accept"
     yield "}"
     yield "chain steer_udp {"
     # RFC 3948: one octet 0xff is a keepalive, four zero octets mark IKE, anything else is ESP.
     yield "  udp length 9 @th,64,8 0xff counter name natt_keepalives drop"
     yield f"  udp length > 12 @th,64,32 != 0 @th,64,32 & {count - 1} vmap {{ {targets} }}"
     yield "}"
-    ports = _ports(settings)
+    natt = ports(settings)
     yield "chain too_big {"
     # The quoted packet begins after the 8 octets of the ICMP header; an IPv4 header without options is assumed where
     # ports are looked at, as ours have none.
     yield "  icmp type 3 icmp code 4 @th,136,8 { 50, 51, 108 } goto worker_0"
-    yield f"  icmp type 3 icmp code 4 @th,64,8 0x45 @th,136,8 17 @th,224,16 {ports} goto worker_0"
+    yield f"  icmp type 3 icmp code 4 @th,64,8 0x45 @th,136,8 17 @th,224,16 {natt} goto worker_0"
     yield "  icmpv6 type 2 @th,112,8 { 50, 51, 108 } goto worker_0"
-    yield f"  icmpv6 type 2 @th,112,8 17 @th,384,16 {ports} goto worker_0"
+    yield f"  icmpv6 type 2 @th,112,8 17 @th,384,16 {natt} goto worker_0"
     yield "}"
 
 
 def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
-    yield "chain prerouting {"
-    yield "  type filter hook prerouting priority -250; policy accept;"
-    # These rules match nothing; that they exist makes the kernel put fragments together before this hook.
+    # Nothing comes here; that such a rule exists makes the kernel put fragments together before prerouting.
+    yield "chain defragment {"
     if settings.defragment == "tproxy":
         yield "  meta length 0 meta l4proto tcp tproxy to :1"
     elif settings.defragment == "ct":
         yield "  meta length 0 ct state new counter"
-    yield f'  iifname "{settings.enc_device}" accept'
-    yield "  iifname @interfaces accept"
-    if not settings.loopback:
-        yield '  iif "lo" accept'
-    yield f"  meta l4proto {PROTOCOLS} fib daddr type local goto steer"
-    yield f"  udp dport {_ports(settings)} fib daddr type local jump steer_udp"
-    yield "  meta l4proto { icmp, icmpv6 } fib daddr type local jump too_big"
+    yield "}"
+    yield "chain in_ipsec { fib daddr type local goto steer; }"
+    yield f"chain in_udp {{ udp dport {ports(settings)} fib daddr type local jump steer_udp; }}"
+    yield "chain in_icmp {"
+    yield "  fib daddr type local jump too_big"
+    yield "  jump neighbours"
+    yield "}"
+    yield "chain prerouting {"
+    yield "  type filter hook prerouting priority -250; policy accept;"
+    yield "  iifname vmap @entrances"
+    yield f"  {hooks.BY_PROTOCOL}"
     if settings.loopback:
         yield f'  iif "lo" {settings.done} accept'
-    if settings.socket_match:
-        done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
-        # A listener on any address would be found for a packet that only passes through.
-        yield f"  meta l4proto {{ tcp, udp }} fib daddr type local socket mark & {done} accept"
-    yield from exempt(settings)
-    yield from policy_jumps("in")
+    yield from hooks.policies("in")
+    yield "}"
 
 
 def _postrouting(settings: NetfilterSettings) -> Iterator[str]:
     yield "chain postrouting {"
     yield "  type filter hook postrouting priority 150; policy accept;"
     yield f"  {settings.done} accept"
-    yield "  oifname @interfaces goto interface_out"
-    if not settings.loopback:
-        yield '  oif "lo" accept'
-    yield from exempt(settings)
-    yield from policy_jumps("out")
+    yield "  oifname vmap @exits"
+    yield "  meta l4proto icmpv6 jump neighbours"
+    yield from hooks.policies("out")
+    yield "}"
 
 
 def _output(settings: NetfilterSettings) -> Iterator[str]:
@@ -295,36 +280,6 @@ def _output(settings: NetfilterSettings) -> Iterator[str]:
     yield "}"
 
 
-def exempt(settings: NetfilterSettings) -> Iterator[str]:
-    """Rules that leave alone what no link works without."""
-    if settings.neighbour_discovery:
-        yield "  icmpv6 type { 133, 134, 135, 136, 137 } ip6 hoplimit 255 accept"
-        # Switches that snoop MLD forward solicitations only to where a report came from.
-        yield "  icmpv6 type { 130, 131, 132, 143 } ip6 hoplimit 1 accept"
-
-
-def interface_out() -> Iterator[str]:
-    """What is routed into a tunnel's device has that tunnel's policy; those of sockets hold before."""
-    yield "chain interface_out {"
-    yield "  tcp flags & (syn | ack) == syn | ack jump sockets_opening"
-    yield "  jump sockets_out"
-    yield "  jump sockets_out_late"
-    yield "  accept"
-    yield "}"
-
-
-def policy_jumps(side: str) -> Iterator[str]:
-    """The end of a base chain: policies of sockets, of the SPD by family, of sockets without privilege, the default."""
-    if side == "out":
-        yield "  tcp flags & (syn | ack) == syn | ack jump sockets_opening"
-    yield f"  jump sockets_{side}"
-    yield f"  meta nfproto ipv4 jump policy_{side}_ipv4"
-    yield f"  meta nfproto ipv6 jump policy_{side}_ipv6"
-    yield f"  jump sockets_{side}_late"
-    yield f"  jump default_{side}"
-    yield "}"
-
-
 def defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
     """Commands that make the chains of ``def_policy`` say what the knobs say."""
     table = settings.table
@@ -333,9 +288,12 @@ def defaults(settings: NetfilterSettings, sysctl: Sysctl) -> Iterator[str]:
         yield f"flush chain inet {table} default_{side}"
         for family, knobs in families:
             if knobs.def_policy == 0:
+                if side == "in":
+                    yield f"add rule inet {table} default_in meta nfproto {family} jump exempt_in"
                 drop = f"counter name {side}_default_dropped drop"
                 yield f"add rule inet {table} default_{side} meta nfproto {family} {drop}"
 
 
-def _ports(settings: NetfilterSettings) -> str:
+def ports(settings: NetfilterSettings) -> str:
+    """The UDP ports that carry ESP, as an nft set."""
     return f"{{ {', '.join(map(str, settings.natt_ports))} }}"

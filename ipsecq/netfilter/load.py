@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from ipsecq.errors import NetfilterError
-from ipsecq.netfilter import compat
+from ipsecq.netfilter import compat, hooks
 from ipsecq.netfilter import nfnetlink as nl
 from ipsecq.netfilter.compile import (
     NO_SOCKETS,
     compile_block,
     compile_commands,
     compile_guard,
-    compile_interfaces,
     compile_remove,
     compile_ruleset,
     compile_unguard,
@@ -260,7 +259,7 @@ class Loader:
         """Leave what passes through devices of these names to their own policies; no others.  NetfilterError."""
         settings = replace(self.settings, interfaces=names)
         if self._plan is not None:
-            run_nft(compile_interfaces(settings))
+            run_nft(hooks.compile_interfaces(settings))
         if self.sentinel is not None:
             self.sentinel.set_interfaces(names)
         self.settings = settings

@@ -18,17 +18,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ipsecq.errors import NetfilterError
-from ipsecq.netfilter import socketmaps
+from ipsecq.netfilter import hooks, socketmaps
 from ipsecq.netfilter.compile import (
     compile_guard,
-    compile_interfaces,
     compile_unguard,
     defaults,
-    exempt,
     guard_set,
-    interface_out,
-    interface_set,
-    policy_jumps,
+    ports,
     worker_suffixes,
 )
 from ipsecq.netfilter.settings import NetfilterSettings
@@ -111,9 +107,9 @@ class Sentinel:
         self._nft.run("\n".join(self._translated(commands)) + "\n")
 
     def set_interfaces(self, names: tuple[str, ...]) -> None:
-        """Follow the main table's set."""
+        """Follow the main table's maps."""
         self.settings = replace(self.settings, interfaces=names)
-        self._nft.run(compile_interfaces(self.settings))
+        self._nft.run(hooks.compile_interfaces(self.settings))
 
     def guard(self, devices: Mapping[int, str]) -> None:
         """Add devices, before the main table trusts them."""
@@ -141,16 +137,16 @@ class Sentinel:
         for counter in COUNTERS:
             yield f"counter {counter} {{ }}"
         yield from guard_set({})
-        yield interface_set(settings)
+        yield from hooks.interface_maps(settings)
         for suffix in worker_suffixes(settings):
             verdict = "accept" if settings.queue_bypass else "counter name out_clear_dropped drop"
             yield f"chain out_worker_{suffix} {{ {verdict}; }}"
             # The engine lets these pass in clear while there is no SA, and nothing on the packet tells.
             yield f"chain out_use_{suffix} {{ accept; }}"
             yield f"chain out_open_{suffix} {{ accept; }}"
-        yield "chain in_clear { counter name in_clear_dropped drop; }"
+        yield "chain in_clear { jump exempt_in; counter name in_clear_dropped drop; }"
         yield "chain in_clear_open { accept; }"
-        yield "chain in_discard { counter name in_discard_dropped drop; }"
+        yield "chain in_discard { jump exempt_in; counter name in_discard_dropped drop; }"
         yield "chain out_discard { counter name out_discard_dropped drop; }"
         for chain in ("default_in", "default_out"):
             yield f"chain {chain} {{ }}"
@@ -158,34 +154,40 @@ class Sentinel:
             yield f"chain policy_{side}_ipv4 {{ }}"
             yield f"chain policy_{side}_ipv6 {{ }}"
         yield from socketmaps.skeleton(settings)
-        yield "chain prerouting {"
-        yield "  type filter hook prerouting priority -249; policy accept;"
-        yield f'  iifname "{settings.enc_device}" accept'
-        yield "  iifname @interfaces accept"
-        yield f"  {settings.done} accept"
-        if not settings.loopback:
-            yield '  iif "lo" accept'
         # Ours while the main table stands (it queued them); without it nobody takes them, which is not clear either.
-        yield "  meta l4proto { esp, ah, comp } fib daddr type local accept"
-        yield f"  udp dport {{ {', '.join(map(str, settings.natt_ports))} }} fib daddr type local accept"
-        yield "  meta l4proto { icmp, icmpv6 } fib daddr type local jump too_big"
-        if settings.socket_match:
-            done = f"{settings.mark_mask:#010x} == {settings.mark_done:#010x}"
-            yield f"  meta l4proto {{ tcp, udp }} fib daddr type local socket mark & {done} accept"
-        yield from exempt(settings)
-        yield from policy_jumps("in")
+        yield "chain in_ipsec { fib daddr type local accept; }"
+        yield f"chain in_udp {{ udp dport {ports(settings)} fib daddr type local accept; }}"
+        yield "chain in_icmp {"
+        yield "  fib daddr type local jump too_big"
+        yield "  jump neighbours"
+        yield "}"
         yield "chain too_big {"
         yield "  icmp type 3 icmp code 4 @th,136,8 { 50, 51, 108 } accept"
         yield "  icmpv6 type 2 @th,112,8 { 50, 51, 108 } accept"
         yield "}"
+        yield from hooks.neighbours(settings)
+        yield "chain exempt_in {"
+        yield f"  {settings.done} accept"
+        yield f"  {hooks.BY_PROTOCOL}"
+        yield from hooks.ours(settings)
+        yield "}"
+        yield "chain prerouting {"
+        yield "  type filter hook prerouting priority -249; policy accept;"
+        yield "  iifname vmap @entrances"
+        yield from hooks.policies("in")
+        yield "}"
+        yield "chain replaced {"
+        yield "  oif . oifname @guarded accept"
+        yield "  counter name out_unguarded_dropped drop"
+        yield "}"
         yield "chain postrouting {"
         yield "  type filter hook postrouting priority 160; policy accept;"
-        yield f"  {settings.done} accept"
-        yield f"  {settings.stolen} oif . oifname @guarded accept"
-        yield f"  {settings.stolen} counter name out_unguarded_dropped drop"
-        yield "  oifname @interfaces goto interface_out"
-        if not settings.loopback:
-            yield '  oif "lo" accept'
-        yield from exempt(settings)
-        yield from policy_jumps("out")
-        yield from interface_out()
+        yield (
+            f"  meta mark & {settings.mark_mask:#010x} vmap "
+            f"{{ {settings.mark_done:#010x} : accept, {settings.mark_stolen:#010x} : goto replaced }}"
+        )
+        yield "  oifname vmap @exits"
+        yield "  meta l4proto icmpv6 jump neighbours"
+        yield from hooks.policies("out")
+        yield "}"
+        yield from hooks.interface_out()

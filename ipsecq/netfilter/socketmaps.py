@@ -117,7 +117,8 @@ class SocketPlan:
         for turn in _TURNS:
             for _, family, ip, _ in _FAMILIES:
                 yield (
-                    f"meta nfproto {family} meta {self._settings.socket_policy} @sockets_strict{turn} "
+                    f"meta nfproto {family} tcp flags & (syn | ack) == syn | ack "
+                    f"meta {self._settings.socket_policy} @sockets_strict{turn} "
                     f"update @opening{turn}_{family} {{ {ip} daddr . tcp dport . {ip} saddr . tcp sport }}"
                 )
 

@@ -60,8 +60,9 @@ def test_without_privilege_the_spd_comes_first():
     assert all("_late" in name for name in elements)
     text = compile_ruleset([], SETTINGS, Sysctl())
     for side in ("in", "out"):
-        order = [text.index(f"jump {name}\n") for name in (
-            f"sockets_{side}", f"policy_{side}_ipv4", f"sockets_{side}_late", f"default_{side}"
+        chain = text[text.index(f"hook {'prerouting' if side == 'in' else 'postrouting'} "):]
+        order = [chain.index(f"jump {name}") for name in (
+            f"sockets_{side}\n", f"policy_{side}_ipv4", f"sockets_{side}_late\n", f"default_{side}\n"
         )]  # fmt: skip
         assert order == sorted(order)
 
