@@ -50,7 +50,10 @@ NF_ACCEPT = cython.declare(uint32_t, 1)
 GATHER_FROM = cython.declare(cython.Py_ssize_t, 4)
 GATHER_BELOW = cython.declare(cython.Py_ssize_t, 48)
 """Packets in a batch that say that more are on their way, and that it was read too early."""
+GATHER_MANY = cython.declare(cython.Py_ssize_t, 8)
 GATHER_NANOSECONDS = cython.declare(cython.long, 50000)
+GATHER_LONG = cython.declare(cython.long, 200000)
+"""From ``GATHER_MANY`` on: a stream of 40,000 a second and more."""
 MAX_BATCH = cython.declare(cython.Py_ssize_t, 256)
 MAX_QUEUES = cython.declare(cython.Py_ssize_t, 64)
 MAX_DEVICES = cython.declare(cython.Py_ssize_t, 256)
@@ -187,7 +190,7 @@ class Reader:
             if got < 0 or self.done < got or self.lost or self._sealer.failed:
                 return event.data.fd, got
             if GATHER_FROM <= got < GATHER_BELOW and not self._supers:
-                self._gather()
+                self._gather(GATHER_NANOSECONDS if got < GATHER_MANY else GATHER_LONG)
 
     @cython.ccall
     @cython.exceptval(check=True)
@@ -233,10 +236,10 @@ class Reader:
 
     @cython.cfunc
     @cython.exceptval(check=False)
-    def _gather(self) -> cython.void:
+    def _gather(self, nanoseconds: cython.long) -> cython.void:
         """Let packets gather, in a stream of small ones: what a batch costs, here and at the far end, more then share."""
         wanted: timespec
-        wanted.tv_sec, wanted.tv_nsec = 0, GATHER_NANOSECONDS
+        wanted.tv_sec, wanted.tv_nsec = 0, nanoseconds
         with cython.nogil:
             nanosleep(cython.address(wanted), cython.NULL)
 
