@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, TypeVar
@@ -108,6 +109,10 @@ class Namespace:
         """Load nft text as one transaction."""
         self.run("nft", "-f", "-", stdin=ruleset)
 
+    def has_carrier(self, device: str) -> bool:
+        """Whether the kernel has noticed that a device's link is up."""
+        return self.run("cat", f"/sys/class/net/{device}/operstate").stdout.strip() == "up"
+
     def link_mtu(self, device: str, mtu: int) -> None:
         """Set the MTU of a device here."""
         self.run("ip", "link", "set", device, "mtu", str(mtu))
@@ -163,8 +168,12 @@ class Lab:
             *("ip", "link", "add", device_one, "netns", one.name, "mtu", str(mtu), "type", "veth"),
             *("peer", "name", device_two, "netns", two.name, "mtu", str(mtu)),
         )
-        for space, device in ((one, device_one), (two, device_two)):
+        ends = ((one, device_one), (two, device_two))
+        for space, device in ends:
             space.run("ip", "link", "set", device, "up")
+        # Until the kernel has noticed the carrier, what is sent is lost, and IPv6 asks for a neighbour once a second.
+        for space, device in ends:
+            wait_for(partial(space.has_carrier, device), f"the carrier of {device}")
 
     def run(
         self, *argv: str, check: bool = True, timeout: float = 60.0, stdin: str | None = None
