@@ -17,6 +17,7 @@ SOURCES = (
     "fastpath/runs",
     "fastpath/sealer",
     "fastpath/opener",
+    "fastpath/ring",
     "fastpath/reader",
 )
 

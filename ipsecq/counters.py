@@ -165,6 +165,8 @@ class Offload(IntFlag):
     """Runs of equal datagrams, too, enter the stack as one packet."""
     COMPILED = 16
     """Packets of known flows go through compiled code."""
+    RING = 32
+    """Whole ESP datagrams come by packet rings in place of queues."""
 
 
 COUNTERS_WORDS: Final = 256

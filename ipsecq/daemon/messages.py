@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ipsecq.daemon.options import LogConfig
+from ipsecq.datapath.ring import RingSocket
 from ipsecq.datapath.udp import UdpSocket
 from ipsecq.errors import DaemonError
 from ipsecq.policy.model import Policy
@@ -54,6 +55,8 @@ class WorkerSetup:
     """Inherited sockets for bursts of ESP in UDP; empty: no bursts."""
     udp_port: int
     """The source port that our table gives to what they send."""
+    rings: tuple[RingSocket, ...]
+    """Inherited packet rings of its lanes; empty: ESP comes by the queues."""
     log: LogConfig
     journal: bool
 

@@ -12,7 +12,7 @@ from ipsecq.metrics.source import OffloadSample, WorkerSample
 
 _SWITCH: Final = {
     Offload.GSO: "gso", Offload.COALESCE: "coalesce", Offload.COALESCE_UDP: "coalesce", Offload.UDP_SEGMENT: "udp_segment",
-    Offload.COMPILED: "compiled",
+    Offload.COMPILED: "compiled", Offload.RING: "ring",
 }  # fmt: skip
 _REFUSED: Final = {
     Offload.GSO: "this kernel's queues give out no super-packets (NFQA_CFG_F_GSO): packets come one by one",
@@ -20,15 +20,18 @@ _REFUSED: Final = {
     Offload.COALESCE_UDP: "this kernel's TUN takes no UDP super-packets (TUN_F_USO, Linux 6.2): datagrams enter one by one",
     Offload.UDP_SEGMENT: "this kernel has no UDP_SEGMENT (Linux 4.18): datagrams leave one by one",
     Offload.COMPILED: "the compiled code is not here: packets go through the interpreter",
+    Offload.RING: "there are no packet rings: ESP comes by the queues",
 }
 
 
 def samples(
-    config: OffloadConfig, workers: Sequence[WorkerSample], *, udp_problem: str = "", encapsulating: bool = True
-) -> tuple[OffloadSample, ...]:
+    config: OffloadConfig, workers: Sequence[WorkerSample], *, udp_problem: str = "", ring_problem: str = "",
+    encapsulating: bool = True,
+) -> tuple[OffloadSample, ...]:  # fmt: skip
     """Every offload, as the workers that are up have it.
 
-    ``udp_problem``: what the kernel said when sockets for bursts were opened; ``encapsulating``: there are ``natt_ports``.
+    ``udp_problem`` and ``ring_problem``: what the kernel said when sockets for bursts, and rings, were opened;
+    ``encapsulating``: there are ``natt_ports``.
     """
     found = []
     running = [worker for worker in workers if worker.up]
@@ -40,13 +43,17 @@ def samples(
             why = f"switched off: [offload] {switch} = false"
         elif offload is Offload.UDP_SEGMENT and not encapsulating:
             why = "no ESP in UDP: [nftables] natt_ports is empty"
+        elif offload is Offload.RING and not config.compiled:
+            why = "rings are for the compiled code, and [offload] compiled = false"
         elif not running:
             why = "no worker is up"
         elif len(users) < len(running):
             why = _REFUSED[offload]
             if offload is Offload.UDP_SEGMENT and udp_problem:
                 why += f" ({udp_problem})"
-            if offload is Offload.COMPILED and fastpath.missing:
+            if offload is Offload.RING and ring_problem:
+                why += f" ({ring_problem})"
+            if offload in (Offload.COMPILED, Offload.RING) and fastpath.missing:
                 why += f" ({fastpath.missing})"
         found.append(OffloadSample(str(offload.name).lower(), users, bool(running) and len(users) == len(running), why))
     return tuple(found)

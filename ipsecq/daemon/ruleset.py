@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from ipsecq import fastpath
 from ipsecq.daemon import blocked
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.log import LOGGER
 from ipsecq.daemon.sampling import History
+from ipsecq.datapath.ring import Rings
 from ipsecq.datapath.udp import UdpSockets
 from ipsecq.errors import DaemonError, NetfilterError
 from ipsecq.netfilter.capabilities import detect
@@ -66,10 +68,13 @@ class Ruleset:
             missing = "no 'queue' statement and no xt NFQUEUE" if can.net_admin else "CAP_NET_ADMIN is needed"
             raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
         settings = can.adapt(self._config.netfilter())
-        # The rules name the ports of these sockets, so they come first.
+        # The rules name the ports of these sockets, and rely on these rings, so they come first.
         self.udp = UdpSockets(settings.mark_done, wanted=self._config.offload.udp_segment and bool(settings.natt_ports))
         stack.callback(self.udp.close)
-        settings = replace(settings, udp_ports=self.udp.ports)
+        wanted = self._config.offload.ring and self._config.offload.compiled and fastpath.active
+        self.rings = Rings(settings.queues, wanted=wanted)
+        stack.callback(self.rings.close)
+        settings = replace(settings, udp_ports=self.udp.ports, direct=bool(self.rings.sockets))
         self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)
         if not can.owner:
             log.warning("this kernel has no owned tables: a foreign 'nft flush ruleset' opens a gap until it is noticed")

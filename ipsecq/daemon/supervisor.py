@@ -171,7 +171,7 @@ class Supervisor:
             pages,
             self._queues,
             {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
-            [lock.descriptor, *self.ruleset.udp.descriptors],
+            [lock.descriptor, *self.ruleset.udp.descriptors, *self.ruleset.rings.descriptors],
             self._first_state,
             self._report,
             {} if self.config.offload.compiled else {"IPSECQ_PURE": "1"},
@@ -187,6 +187,7 @@ class Supervisor:
             interfaces=lambda: samples(self.interfaces.current, self.ruleset.links.links, self.authority),
             offloads=lambda workers: offloads.samples(
                 self.config.offload, workers, udp_problem=self.ruleset.udp.problem,
+                ring_problem=self.ruleset.rings.problem,
                 encapsulating=bool(self.config.nftables.natt_ports),
             ),
         )  # fmt: skip
@@ -402,13 +403,15 @@ class Supervisor:
 
     def _first_state(self, index: int) -> list[Operation]:
         settings = self.ruleset.loader.settings
+        lanes = self._queues(index)[: settings.lanes]
         setup = WorkerSetup(
-            self._queues(index)[: settings.lanes],
+            lanes,
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
             settings.workers, settings.mark_done, settings.mark_stolen, settings.mark_sockets,
             self.config.nftables.enc_device,
             self.config.offload.coalesce, self.config.daemon.parallel_sas, tuple(self.ruleset.udp.sockets),
-            settings.natt_ports[0], self.config.log, self._journal,
+            settings.natt_ports[0], self.ruleset.rings.of([queue - settings.queue_base for queue in lanes]), self.config.log,
+            self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 

@@ -37,6 +37,7 @@ from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.ring import PacketRing
 from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.sockdiag import SocketLookup
 from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
@@ -152,6 +153,7 @@ class Worker:
             log.warning("%s: packets that the kernel drops are not counted; be root or in group root", queue.blind)
         output = RawOutput(setup.mark_done)
         udp = UdpOutput(setup.udp) if setup.udp else None
+        rings = [PacketRing(each) for each in setup.rings]
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
         mirror = mirror_socket(setup.enc_device)
@@ -197,6 +199,7 @@ class Worker:
             udp=udp,
             routed=routed,
             fast=fast,
+            rings=rings,
         )
 
         def on_tap(number: int, request: Any) -> None:
@@ -235,7 +238,7 @@ class Worker:
             if not replica.stopping:
                 self._loop.run()
         finally:
-            for part in (taps, mirror, queue, *lanes, plain_queue, output, udp, enc0, routed):
+            for part in (taps, mirror, queue, *lanes, plain_queue, *rings, output, udp, enc0, routed):
                 if part is not None:
                     part.close()
 

@@ -7,6 +7,7 @@ whenever an SA, a policy, a knob or a route changes, and while somebody watches 
 
 from __future__ import annotations
 
+import ctypes
 import socket
 import struct
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from ipsecq.datapath.ipsecdev import Routed
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.ring import FRAME, PacketRing
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.datapath.udp import options as udp_options
@@ -56,9 +58,11 @@ class FastPath:
         self._output, self._udp, self._enc0, self._devices, self._taps = output, udp, enc0, devices, taps
         sealer: Any
         opener: Any
+        ring: Any
         reader: Any
         self._compiled: Any
-        self._compiled, sealer, opener, reader = fastpath.modules
+        self._compiled, sealer, opener, ring, reader = fastpath.modules
+        self._ring = ring.Ring
         self.sealer = sealer.Sealer(tables.counters, tables.words, collect)
         self.opener = opener.Opener(tables.counters, tables.words, tables.natt_ports, collect)
         self._path = reader.Reader(self.sealer, self.opener, mark_stolen, mark_sockets)
@@ -95,6 +99,10 @@ class FastPath:
         """Serve this queue."""
         self._path.register(queue.fd, queue.vector, queue.batch, queue.verdict_header)
         self._places[queue] = len(self._places)
+
+    def register_ring(self, ring: PacketRing) -> None:
+        """Serve this packet ring."""
+        self._path.ring(self._ring(ring.fd, ring.memory, ring.frames, FRAME, ctypes.addressof(ring.cursor), ring))
 
     def serve(self, poll: int, until: float) -> tuple[int, int]:
         """Wait and work until ``until`` (monotonic seconds), or until there is something that is not for the fast path.

@@ -27,6 +27,9 @@ class InboundEngine(Protocol):
     def process(self, packet: Buffer, now: float, emit: Emissions) -> int:
         """The fate of one whole IP datagram: a Fate, or the Counter of a drop that the engine has counted."""
 
+    def knows(self, key: tuple[bytes, int, int]) -> bool:
+        """Whether there is an SA by destination, protocol and SPI, or key management is about to make one."""
+
     def process_run(self, packets: Sequence[Buffer], now: float, emit: Emissions) -> int:
         """Finish the first few of ``packets``, all to be dropped at the queue: how many; 0: the first one comes alone."""
 

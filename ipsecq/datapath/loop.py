@@ -19,7 +19,8 @@ from ipsecq.datapath.inward import InboundEngine
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.outward import Outward
-from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.queue import BATCH, Queue
+from ipsecq.datapath.ring import PacketRing
 from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import UdpOutput
@@ -62,6 +63,7 @@ class WorkerLoop(Batches):
         udp: UdpOutput | None = None,
         routed: RoutedTunnels | None = None,
         fast: FastPath | None = None,
+        rings: Sequence[PacketRing] = (),
     ) -> None:
         """Join the parts.
 
@@ -72,6 +74,7 @@ class WorkerLoop(Batches):
         ``plain_queue``, a queue without GSO that is served here too, is where the kernel cuts the super-packets that
         we cannot; without one they are dropped.  ``taps`` watch the engines.  ``udp`` sends bursts; without one they go
         through ``output``.  ``routed`` are the route-based tunnels.  ``fast`` takes what it knows before the engines do.
+        ``rings`` bring ESP past the queues.
         """
         super().__init__(
             queue, Outward(output, udp, enc0, path_mtu, counters), engine_out, engine_in, counters, mark_stolen=mark_stolen,
@@ -85,9 +88,13 @@ class WorkerLoop(Batches):
         self._stopping = False
         self._next_tick = 0.0
         self._queues = [queue, *lanes] if plain_queue is None else [queue, *lanes, plain_queue]
+        self._rings = {ring.fd: ring for ring in rings}
         if fast is not None:
             for each in (queue, *lanes):
                 fast.register(each)
+            for ring in rings:
+                fast.register_ring(ring)
+        self._ring_losses = 0
         self._losses, self._refused = self._lost(), (0, 0)
         counters[Counter.OFFLOADS] = (
             (Offload.GSO if queue.gso else 0)
@@ -95,6 +102,7 @@ class WorkerLoop(Batches):
             | (Offload.COALESCE_UDP if enc0 is not None and enc0.coalescing and enc0.datagrams else 0)
             | (Offload.UDP_SEGMENT if udp is not None else 0)
             | (Offload.COMPILED if fast is not None else 0)
+            | (Offload.RING if rings else 0)
         )
 
     # -- life ------------------------------------------------------------------------------------------------
@@ -107,7 +115,7 @@ class WorkerLoop(Batches):
         """Serve until :meth:`stop`."""
         with select.epoll() as poll:
             queues = {queue.fd: queue for queue in self._queues}
-            for descriptor in queues:
+            for descriptor in (*queues, *self._rings):
                 poll.register(descriptor, select.EPOLLIN)
             if self._control_fd >= 0:
                 poll.register(self._control_fd, select.EPOLLIN)
@@ -156,7 +164,11 @@ class WorkerLoop(Batches):
 
     def _other(self, descriptor: int) -> None:
         """Something that is no queue is readable."""
-        if descriptor == self._control_fd:
+        ring = self._rings.get(descriptor)
+        if ring is not None:
+            fast = self._fast_now()
+            self._open_direct(ring, BATCH if fast is None else FEW, fast)
+        elif descriptor == self._control_fd:
             self._changed = True
             if self._on_control is not None:
                 self._on_control()
@@ -179,6 +191,7 @@ class WorkerLoop(Batches):
         """What is due a few times a second: losses in the kernel, packets that waited too long."""
         counters = self._counters
         self._changed = True
+        self._local.clear()
         lost = self._lost()
         counters[Counter.ENOBUFS] += max(lost - self._losses, 0)
         self._losses = lost
@@ -197,7 +210,8 @@ class WorkerLoop(Batches):
 
     def _lost(self) -> int:
         """Packets that socket buffers had no room for, and reads that told of such."""
-        return sum(queue.stats().user_dropped + queue.overruns for queue in self._queues)
+        self._ring_losses += sum(ring.lost() for ring in self._rings.values())
+        return self._ring_losses + sum(queue.stats().user_dropped + queue.overruns for queue in self._queues)
 
     # -- batches ---------------------------------------------------------------------------------------------
 

@@ -88,7 +88,8 @@ def _early(chains: Sequence[Entry], rules: Sequence[Entry]) -> Iterator[Finding]
         yield Finding(
             Grade.WARN, "hooks", f"chain {_name(chain)} ({hook} {priority}) meets packets before the inbound policies do"
             + (f", and takes some of them ({', '.join(takes)})" if takes else ""),
-            "give it a priority above -250 unless it is meant so",
+            "give it a priority above -250 unless it is meant so; ESP that comes by packet rings it never sees "
+            "([offload] ring)",
         )  # fmt: skip
 
 

@@ -286,6 +286,10 @@ class Inbound:
         version = 4 if len(key[0]) == 4 else 6
         return self._sas.get(key) if (version, key[1]) not in self._disabled else None
 
+    def knows(self, key: tuple[bytes, int, int]) -> bool:
+        """Whether there is an SA by destination, protocol and SPI, or key management is about to make one."""
+        return key in self._sas or key in self._tables.larval or self._ready(key) is not None
+
     def admits(self, flow: tuple[bytes, bytes, int, int, int], opened: History) -> int | None:
         """Where packets of ``flow`` with this history enter, as far as is known: an interface's reqid, 0: from none.
 

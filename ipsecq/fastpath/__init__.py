@@ -11,7 +11,7 @@ from typing import Final
 
 from ipsecq.compiled import find
 
-NAMES: Final = ("known", "sealer", "opener", "reader")
+NAMES: Final = ("known", "sealer", "opener", "ring", "reader")
 
 modules, missing = find([f"ipsecq.fastpath.{name}" for name in NAMES])
 active: Final = bool(modules)

@@ -14,6 +14,7 @@ if not cython.compiled:
 from cython.cimports.cpython.bytes import PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cython.cimports.ipsecq.compiled.octets import get32, put32
 from cython.cimports.ipsecq.fastpath.opener import Opener
+from cython.cimports.ipsecq.fastpath.ring import Ring
 from cython.cimports.ipsecq.fastpath.sealer import Sealer
 from cython.cimports.ipsecq.fastpath.sockets import (
     CLOCK_MONOTONIC,
@@ -61,6 +62,7 @@ VNET = cython.declare(cython.Py_ssize_t, 10)
 """Octets of a virtio-net header."""
 ROOM = cython.declare(cython.Py_ssize_t, VNET + 65536)
 DEVICE_PACKETS = cython.declare(cython.Py_ssize_t, 64)
+RING_PACKETS = cython.declare(cython.Py_ssize_t, 64)
 DEVICE_OCTETS = cython.declare(cython.Py_ssize_t, 1 << 18)
 """A batch from a device ends with the packet that passes one of these."""
 HEARTBEAT = cython.declare(cython.Py_ssize_t, int(Counter.HEARTBEAT))
@@ -99,6 +101,7 @@ class Reader:
     _room: cython.p_uchar
     left = cython.declare(object, visibility="public")
     _headers: list
+    _rings: dict
     _queue_count: cython.Py_ssize_t
     lost = cython.declare(bytes, visibility="public")
     done = cython.declare(cython.Py_ssize_t, visibility="readonly")
@@ -116,6 +119,7 @@ class Reader:
         """``stolen`` marks originals that egress has to drop, ``sockets`` are the mark's bits of socket policies."""
         self._sealer, self._opener, self._stolen, self._sockets = sealer, opener, stolen, sockets
         self._headers, self._queue_count, self._device_count, self.lost, self.left = [], 0, 0, b"", None
+        self._rings = {}
         self._bound_count = 0
         for bound in HISTOGRAM_BOUNDS:
             self._bounds[self._bound_count] = round(bound * 1e9)
@@ -132,6 +136,10 @@ class Reader:
             self._counts[self._queue_count] = min(count, MAX_BATCH)
             self._headers.append(header)
             self._queue_count += 1
+
+    def ring(self, ring: Ring):
+        """A packet ring that :meth:`serve` reads."""
+        self._rings[ring.descriptor] = ring
 
     def attach(self, descriptor: cython.int, tag: uint32_t):
         """A device of a route-based tunnel that :meth:`serve` reads; ``tag`` is its reqid."""
@@ -180,6 +188,11 @@ class Reader:
                 if self._queues[index] == event.data.fd:
                     place = index
             if place < 0:
+                got = self._step_ring(event.data.fd)
+                if got > 0:
+                    if GATHER_FROM <= got < GATHER_BELOW:
+                        self._gather(GATHER_NANOSECONDS if got < GATHER_MANY else GATHER_LONG)
+                    continue
                 for index in range(self._device_count):
                     if self._devices[index] == event.data.fd:
                         place = index
@@ -242,6 +255,20 @@ class Reader:
         wanted.tv_sec, wanted.tv_nsec = 0, nanoseconds
         with cython.nogil:
             nanosleep(cython.address(wanted), cython.NULL)
+
+    @cython.cfunc
+    @cython.exceptval(-1, check=False)
+    def _step_ring(self, descriptor: cython.int) -> cython.int:
+        """Open what is in a ring: packets; 0: there is something that somebody else has to look at, or it is no ring."""
+        ring: Ring = self._rings.get(descriptor)
+        if ring is None:
+            return 0
+        began: uint64_t = _nanoseconds(CLOCK_MONOTONIC)
+        count: cython.Py_ssize_t = ring.take(self._opener, RING_PACKETS, _nanoseconds(CLOCK_REALTIME) / 1e9)
+        self._opener.flush()
+        if count:
+            self._account(began, count)
+        return 0 if ring.stopped else count
 
     @cython.cfunc
     @cython.exceptval(-1, check=False)

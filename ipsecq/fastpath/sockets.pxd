@@ -43,3 +43,12 @@ cdef extern from "time.h" nogil:
     int CLOCK_MONOTONIC
     int clock_gettime(int clock, timespec *now)
     int nanosleep(const timespec *wanted, timespec *left)
+
+cdef extern from *:
+    """
+    #define load_acquire(at) __atomic_load_n((unsigned int *) (at), __ATOMIC_ACQUIRE)
+    #define store_release(at, value) __atomic_store_n((unsigned int *) (at), (value), __ATOMIC_RELEASE)
+    """
+    # Words that the kernel writes, too.
+    unsigned int load_acquire(const unsigned char *at) nogil
+    void store_release(unsigned char *at, unsigned int value) nogil

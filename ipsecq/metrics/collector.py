@@ -211,7 +211,7 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
         "ipsecq_offload_active",
         "1: in use. gso: TCP super-packets come whole; coalesce: decapsulated segments are put together; "
         "coalesce_udp: decapsulated datagrams, too; udp_segment: ESP in UDP leaves in bursts; "
-        "compiled: packets of known flows go through compiled code.",
+        "compiled: packets of known flows go through compiled code; ring: whole ESP datagrams come by packet rings.",
         labels=["worker", "offload"],
     )
     latency = HistogramMetricFamily(

@@ -2,6 +2,7 @@
 
 A packet's way through the table::
 
+    direct      -450  ESP that the workers have from packet rings → drop
     prerouting  -250  enc0 (see ``inner.py``), devices of route-based tunnels → accept · ESP, AH, IPComp and ESP in UDP
                       to a local address → worker of the SPI · ICMP "too big" about them → worker 0 · neighbour
                       discovery → accept · sockets' policies · inbound policies (clear packets only) · default
@@ -39,6 +40,8 @@ COUNTERS: Final = (
 )
 """Named counters of the table: drops (and keepalives) that the kernel does without a worker."""
 
+DIRECT_OCTETS: Final = 1968
+"""The longest ESP datagram that comes by a ring."""
 NO_SOCKETS: Final[Mapping[int, SocketPolicy]] = {}
 BLOCK: Final = "counter name blocked_dropped drop"
 
@@ -245,6 +248,8 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
     elif settings.defragment == "ct":
         yield "  meta length 0 ct state new counter"
     yield "}"
+    if settings.direct:
+        yield from _direct()
     yield "chain in_ipsec { fib daddr type local goto steer; }"
     yield f"chain in_udp {{ udp dport {ports(settings)} fib daddr type local jump steer_udp; }}"
     yield "chain in_icmp {"
@@ -258,6 +263,17 @@ def _prerouting(settings: NetfilterSettings) -> Iterator[str]:
     if settings.loopback:
         yield f'  iif "lo" {settings.done} accept'
     yield from hooks.policies("in")
+    yield "}"
+
+
+def _direct() -> Iterator[str]:
+    """Drops what the filter of the rings takes (:func:`ipsecq.datapath.ring.taken`), before fragments are put together."""
+    ours = "meta iiftype ether fib daddr type local drop"
+    yield "chain direct {"
+    yield "  type filter hook prerouting priority -450; policy accept;"
+    yield "  meta l4proto != esp accept"
+    yield f"  ip frag-off & 0x3fff == 0 ip length <= {DIRECT_OCTETS} {ours}"
+    yield f"  ip6 nexthdr esp ip6 length <= {DIRECT_OCTETS - 40} {ours}"
     yield "}"
 
 
@@ -276,7 +292,7 @@ def _output(settings: NetfilterSettings) -> Iterator[str]:
     ports = ", ".join(map(str, settings.udp_ports))
     yield "chain output {"
     yield "  type filter hook output priority -250; policy accept;"
-    yield f"  {settings.done} udp sport {{ {ports} }} udp sport set {settings.natt_ports[0]}"
+    yield f"  meta l4proto udp {settings.done} udp sport {{ {ports} }} udp sport set {settings.natt_ports[0]}"
     yield "}"
 
 

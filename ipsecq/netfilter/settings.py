@@ -35,6 +35,8 @@ class NetfilterSettings:
     """Local UDP ports that carry ESP (RFC 3948)."""
     udp_ports: tuple[int, ...] = ()
     """Local ports of our own sockets that send ESP in UDP; what leaves from them gets the first of ``natt_ports``."""
+    direct: bool = False
+    """Whole ESP datagrams come by packet rings (:mod:`ipsecq.datapath.ring`), so our table drops them first of all."""
     queue_bypass: bool = False
     """Fail open for *every* policy: queue statements say ``bypass``.  ``Policy.fail_open`` does it for one."""
     loopback: bool = False

@@ -9,7 +9,7 @@ from ipsecq.daemon.options import OffloadConfig
 from ipsecq.metrics import live
 from ipsecq.metrics.source import WorkerSample
 
-ALL = Offload.GSO | Offload.COALESCE | Offload.COALESCE_UDP | Offload.UDP_SEGMENT | Offload.COMPILED
+ALL = Offload.GSO | Offload.COALESCE | Offload.COALESCE_UDP | Offload.UDP_SEGMENT | Offload.COMPILED | Offload.RING
 
 
 def worker(index, has, *, up=True):
@@ -24,14 +24,14 @@ def shown(config, *workers, **more):
 
 def test_what_all_workers_have_needs_no_reason():
     found = shown(OffloadConfig(), worker(0, ALL), worker(1, ALL))
-    assert set(found) == {"gso", "coalesce", "coalesce_udp", "udp_segment", "compiled"}
+    assert set(found) == {"gso", "coalesce", "coalesce_udp", "udp_segment", "compiled", "ring"}
     assert all(each.active and each.workers == (0, 1) and not each.why for each in found.values())
 
 
 @pytest.mark.parametrize(
     ("switch", "gone"),
     [("gso", ["gso"]), ("coalesce", ["coalesce", "coalesce_udp"]), ("udp_segment", ["udp_segment"]),
-     ("compiled", ["compiled"])],
+     ("ring", ["ring"])],
 )
 def test_a_switch_names_itself(switch, gone):
     has = ALL
@@ -42,12 +42,20 @@ def test_a_switch_names_itself(switch, gone):
     assert {found[name].why for name in gone} == {f"switched off: [offload] {switch} = false"}
 
 
+def test_without_compiled_code_there_are_no_rings():
+    found = shown(OffloadConfig(compiled=False), worker(0, ALL & ~Offload.COMPILED & ~Offload.RING))
+    assert [name for name, each in found.items() if not each.active] == ["compiled", "ring"]
+    assert all("[offload] compiled = false" in found[name].why for name in ("compiled", "ring"))
+
+
 @pytest.mark.parametrize(
     ("offload", "says"),
-    [("GSO", "NFQA_CFG_F_GSO"), ("COALESCE_UDP", "TUN_F_USO"), ("UDP_SEGMENT", "(Protocol not available)")],
+    [("GSO", "NFQA_CFG_F_GSO"), ("COALESCE_UDP", "TUN_F_USO"), ("UDP_SEGMENT", "(Protocol not available)"),
+     ("RING", "(Cannot allocate memory)")],
 )
 def test_what_the_kernel_refuses_is_named(offload, says):
-    found = shown(OffloadConfig(), worker(0, ALL & ~Offload[offload]), udp_problem="Protocol not available")
+    problems = {"udp_problem": "Protocol not available", "ring_problem": "Cannot allocate memory"}
+    found = shown(OffloadConfig(), worker(0, ALL & ~Offload[offload]), **problems)
     refused = found.pop(offload.lower())
     assert not refused.active
     assert says in refused.why
@@ -71,6 +79,6 @@ def test_status_has_a_line_for_each_with_the_reason():
     samples = offloads.samples(OffloadConfig(coalesce=False), workers)
     lines = report.offloads([live.offload(each) for each in samples]).splitlines()
     assert lines[0].split() == ["offload", "state", "why", "not"]
-    assert [line.split()[0] for line in lines[1:]] == ["gso", "coalesce", "udp_segment", "coalesce_udp", "compiled"]
+    assert [line.split()[0] for line in lines[1:]] == ["gso", "coalesce", "udp_segment", "coalesce_udp", "compiled", "ring"]
     assert lines[1].startswith("gso           in worker 0  this kernel's queues give out no super-packets")
     assert lines[3].split() == ["udp_segment", "in", "use"]
