@@ -23,7 +23,7 @@ PACKAGES_TEST  := $(PACKAGES_LAB) $(PACKAGES_IKE) $(PACKAGES_WATCH) systemd grof
 PACKAGES_SYSTEM := $(PACKAGES_LAB) user-mode-linux kmod qemu-system-x86 mmdebstrap e2fsprogs cpio lintian
 
 .PHONY: help demo test test-system check fuzz sanitize chaos overload soak bench bench-keys bench-policy bench-scrape scenarios \
-	docs install deb uninstall clean
+	docs wheel install deb uninstall clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -112,6 +112,12 @@ docs: ## write the reference pages and the default ipsecq.toml from the program'
 install: ## install for real: /opt/ipsecq, /usr/local/bin/ipsecq, /etc/ipsecq (never overwritten), units, man pages (root)
 	@.ci/need-packages $(PACKAGES_BUILD) $(PACKAGES_RUN)
 	@.ci/install '$(PREFIX)' '$(BIN)' '$(ETC)' '$(UNITS)' '$(SHARE)'
+
+wheel: ## a wheel with the compiled modules in dist/, for this Python, processor and OpenSSL
+	@.ci/need-packages $(PACKAGES_BUILD)
+	@.ci/need-venv $(VENV)
+	@$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
 
 deb: ## a Debian package in build/ for this machine's Debian and architecture
 	@.ci/need-packages $(PACKAGES_BUILD)

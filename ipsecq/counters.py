@@ -150,6 +150,7 @@ class Counter(IntEnum):
     TAP_DROPPED = 189
     HEARTBEAT = 190
     FAST_PACKETS = 191
+    RING_DROPPED = 192
 
 
 class Offload(IntFlag):

@@ -138,6 +138,7 @@ class _Seen:
             "queue_full": sum(worker.queue_full_drops for worker in self.workers),
             "socket_full": sum(worker.socket_full_drops for worker in self.workers),
             "truncated": self.counters[Counter.QUEUE_TRUNCATED],
+            "ring_full": self.counters[Counter.RING_DROPPED],
         }
         self.reloads, self.repairs = history.reloads_done, history.ruleset_repairs
         self.fail_open = sampler.fail_open(sampler.policies())

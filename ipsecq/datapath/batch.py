@@ -215,6 +215,7 @@ class Batches:
             dst, start = datagram[16:20], (datagram[0] & 15) * 4
         else:
             dst, start = datagram[24:40], 40
+        # An SPI that is cut off is none that we know.
         if self._engine_in.knows((dst, _ESP, int.from_bytes(datagram[start : start + 4], "big"))):
             return True
         local = self._local.get(dst)

@@ -94,7 +94,6 @@ class WorkerLoop(Batches):
                 fast.register(each)
             for ring in rings:
                 fast.register_ring(ring)
-        self._ring_losses = 0
         self._losses, self._refused = self._lost(), (0, 0)
         counters[Counter.OFFLOADS] = (
             (Offload.GSO if queue.gso else 0)
@@ -194,6 +193,8 @@ class WorkerLoop(Batches):
         self._local.clear()
         lost = self._lost()
         counters[Counter.ENOBUFS] += max(lost - self._losses, 0)
+        for ring in self._rings.values():
+            counters[Counter.RING_DROPPED] += ring.lost()
         self._losses = lost
         truncated, errors = self._refused
         self._refused = sum(queue.truncated for queue in self._queues), sum(queue.errors for queue in self._queues)
@@ -210,8 +211,7 @@ class WorkerLoop(Batches):
 
     def _lost(self) -> int:
         """Packets that socket buffers had no room for, and reads that told of such."""
-        self._ring_losses += sum(ring.lost() for ring in self._rings.values())
-        return self._ring_losses + sum(queue.stats().user_dropped + queue.overruns for queue in self._queues)
+        return sum(queue.stats().user_dropped + queue.overruns for queue in self._queues)
 
     # -- batches ---------------------------------------------------------------------------------------------
 

@@ -161,6 +161,7 @@ class PacketRing:
     def __init__(self, ring: RingSocket) -> None:
         """Map what the supervisor has opened, and go on where another worker has ended."""
         self.fd = ring.descriptor
+        self._is_right = _is_ipv4 if ring.family == socket.AF_INET else _is_ipv6
         self.frames = FRAMES[socket.AddressFamily(ring.family)]
         self._socket = socket.socket(fileno=ring.descriptor)
         self._map = mmap.mmap(self.fd, self.frames * FRAME)
@@ -185,7 +186,7 @@ class PacketRing:
     def read(self, most: int) -> list[bytes]:
         """Up to ``most`` datagrams that are there, as copies; their frames are the kernel's again.
 
-        Those with a wrong IPv4 header checksum are left out: the kernel drops them as well.
+        What is no IPv4 or IPv6 header by version, length and checksum is left out: the kernel drops it as well.
         """
         found: list[bytes] = []
         for _ in range(most):
@@ -196,7 +197,7 @@ class PacketRing:
             datagram = self._map[at + start : at + start + captured]
             self._words[at // 4] = 0
             self.cursor[0] = (self.cursor[0] + 1) % self.frames
-            if datagram[0] >> 4 != 4 or _is_right(datagram):
+            if self._is_right(datagram):
                 found.append(datagram)
         return found
 
@@ -211,10 +212,14 @@ class PacketRing:
             self._socket.close()
 
 
-def _is_right(datagram: bytes) -> bool:
-    """The sum over an IPv4 header (RFC 791)."""
-    length = (datagram[0] & 15) * 4
-    if length < 20 or length > len(datagram):
+def _is_ipv6(datagram: bytes) -> bool:
+    return len(datagram) >= 40 and datagram[0] >> 4 == 6
+
+
+def _is_ipv4(datagram: bytes) -> bool:
+    """Version, length and sum of a header (RFC 791)."""
+    length = (datagram[0] & 15) * 4 if datagram else 0
+    if length < 20 or length > len(datagram) or datagram[0] >> 4 != 4:
         return False
     total: int = sum(struct.unpack_from(f">{length // 2}H", datagram))
     return (total & 0xFFFF) + (total >> 16) == 0xFFFF

@@ -199,8 +199,8 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
     length = GaugeMetricFamily("ipsecq_queue_length", "Packets that wait in the kernel's queues.", labels=["worker"])
     dropped = CounterMetricFamily(
         "ipsecq_queue_dropped",
-        "Packets lost between kernel and worker: queue_full and socket_full, dropped by the kernel; truncated, cut off"
-        " and dropped by the worker.",
+        "Packets lost between kernel and worker: queue_full, socket_full and ring_full, dropped by the kernel; truncated, "
+        "cut off and dropped by the worker.",
         labels=["worker", "kind"],
     )
     errors = CounterMetricFamily(
@@ -230,6 +230,7 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
         dropped.add_metric([*name, "queue_full"], worker.queue_full_drops)
         dropped.add_metric([*name, "socket_full"], worker.socket_full_drops)
         dropped.add_metric([*name, "truncated"], counters[Counter.QUEUE_TRUNCATED])
+        dropped.add_metric([*name, "ring_full"], counters[Counter.RING_DROPPED])
         errors.add_metric(name, counters[Counter.QUEUE_ERRORS] + counters[Counter.ENOBUFS])
         for offload in Offload:
             offloads.add_metric([*name, str(offload.name).lower()], bool(counters[Counter.OFFLOADS] & offload))

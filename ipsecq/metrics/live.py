@@ -36,6 +36,7 @@ def data(snapshot: Snapshot) -> dict[str, Any]:
         "queue_full": sum(worker.queue_full_drops for worker in snapshot.workers),
         "socket_full": sum(worker.socket_full_drops for worker in snapshot.workers),
         "truncated": total[Counter.QUEUE_TRUNCATED],
+        "ring_full": total[Counter.RING_DROPPED],
     }
     drops = [(counter.name.lower(), total[counter], reason(counter)) for counter in DROPS if total[counter]]
     drops += [(kind, count, KERNEL_DROPS[kind]) for kind, count in lost.items() if count]
@@ -84,7 +85,8 @@ def _worker(worker: WorkerSample) -> dict[str, Any]:
         "in": counters[Counter.IN_PACKETS],
         "out": counters[Counter.OUT_PACKETS],
         "waiting": worker.queue_length,
-        "lost": worker.queue_full_drops + worker.socket_full_drops + counters[Counter.QUEUE_TRUNCATED],
+        "lost": worker.queue_full_drops + worker.socket_full_drops + counters[Counter.QUEUE_TRUNCATED]
+        + counters[Counter.RING_DROPPED],
         "offloads": [str(each.name).lower() for each in Offload if counters[Counter.OFFLOADS] & each],
     }
 
