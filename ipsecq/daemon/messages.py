@@ -56,7 +56,7 @@ class WorkerSetup:
     udp_port: int
     """The source port that our table gives to what they send."""
     rings: tuple[RingSocket, ...]
-    """Inherited packet rings of its lanes; empty: ESP comes by the queues."""
+    """Inherited packet rings, those of all workers; empty: ESP comes by the queues."""
     log: LogConfig
     journal: bool
 

@@ -72,7 +72,7 @@ class Ruleset:
         self.udp = UdpSockets(settings.mark_done, wanted=self._config.offload.udp_segment and bool(settings.natt_ports))
         stack.callback(self.udp.close)
         wanted = self._config.offload.ring and self._config.offload.compiled and fastpath.active
-        self.rings = Rings(settings.queues, wanted=wanted)
+        self.rings = await asyncio.to_thread(Rings, settings.queues, wanted=wanted)
         stack.callback(self.rings.close)
         settings = replace(settings, udp_ports=self.udp.ports, direct=bool(self.rings.sockets))
         self.loader = Loader(settings, can.mechanism, Sentinel(settings) if can.owner else None)

@@ -403,15 +403,13 @@ class Supervisor:
 
     def _first_state(self, index: int) -> list[Operation]:
         settings = self.ruleset.loader.settings
-        lanes = self._queues(index)[: settings.lanes]
         setup = WorkerSetup(
-            lanes,
+            self._queues(index)[: settings.lanes],
             settings.queue_base + settings.queues + index if self.config.offload.gso else -1,
             settings.workers, settings.mark_done, settings.mark_stolen, settings.mark_sockets,
             self.config.nftables.enc_device,
             self.config.offload.coalesce, self.config.daemon.parallel_sas, tuple(self.ruleset.udp.sockets),
-            settings.natt_ports[0], self.ruleset.rings.of([queue - settings.queue_base for queue in lanes]), self.config.log,
-            self._journal,
+            settings.natt_ports[0], tuple(self.ruleset.rings.sockets), self.config.log, self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 

@@ -37,7 +37,7 @@ from ipsecq.datapath.loop import WorkerLoop
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
-from ipsecq.datapath.ring import PacketRing
+from ipsecq.datapath.ring import above, take_over
 from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.sockdiag import SocketLookup
 from ipsecq.datapath.tap import Mirror, Taps, TapSink, mirror_socket
@@ -146,14 +146,15 @@ class Worker:
         setup = self._first_state()
         if setup is None:
             return
-        queue = _bind(setup.queues[0], gso=setup.plain_queue >= 0)
-        lanes = [_bind(number, gso=queue.gso, room=queue) for number in setup.queues[1:]]
-        plain_queue = _bind(setup.plain_queue, room=queue) if queue.gso else None
+        with above(setup.rings):
+            queue = _bind(setup.queues[0], gso=setup.plain_queue >= 0)
+            lanes = [_bind(number, gso=queue.gso, room=queue) for number in setup.queues[1:]]
+            plain_queue = _bind(setup.plain_queue, room=queue) if queue.gso else None
         if queue.blind:
             log.warning("%s: packets that the kernel drops are not counted; be root or in group root", queue.blind)
         output = RawOutput(setup.mark_done)
         udp = UdpOutput(setup.udp) if setup.udp else None
-        rings = [PacketRing(each) for each in setup.rings]
+        rings = take_over(setup.rings, self._index, setup.workers)
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
         path_mtu = PathMtu(mark=setup.mark_done)
         mirror = mirror_socket(setup.enc_device)

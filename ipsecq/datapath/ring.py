@@ -18,7 +18,8 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 from ipsecq.netfilter.compile import DIRECT_OCTETS
@@ -28,8 +29,8 @@ FRAME: Final = 2048
 """Octets of a frame: two of them fill a page, and 80 are the kernel's."""
 FRAMES: Final = {socket.AF_INET: 1024, socket.AF_INET6: 512}
 """Frames of a ring: at 200,000 packets a second five milliseconds of a busy worker."""
-MAX_RINGS: Final = 256
-"""Members of a fanout group."""
+MAX_RINGS: Final = 64
+"""Of a family: when a daemon is killed, the kernel closes them one by one, 25 ms each."""
 
 _BLOCK: Final = 1 << 16
 SOL_PACKET: Final = 263
@@ -93,7 +94,7 @@ class Rings:
         if not wanted:
             return
         if queues > MAX_RINGS:
-            self.problem = f"{queues} queues, and a group of rings has {MAX_RINGS} members at most"
+            self.problem = f"{queues} queues, and there are rings for {MAX_RINGS} at most"
             return
         try:
             for family in FRAMES:
@@ -107,14 +108,11 @@ class Rings:
         """For workers to inherit."""
         return [each.descriptor for each in self.sockets]
 
-    def of(self, queues: Sequence[int]) -> tuple[RingSocket, ...]:
-        """The rings of some queues, counted from the first one."""
-        return tuple(each for each in self.sockets if each.queue in queues)
-
     def close(self) -> None:
-        """Close all."""
-        for each in self._open:
-            each.close()
+        """Close all, at once: one after the other waits for the kernel (RCU) each time."""
+        if self._open:
+            with ThreadPoolExecutor(len(self._open)) as threads:
+                list(threads.map(socket.socket.close, self._open))
         self._open.clear()
         self.sockets.clear()
 
@@ -155,15 +153,44 @@ def _bind(sock: socket.socket, kind: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def take_over(rings: Sequence[RingSocket], index: int, workers: int) -> list[PacketRing]:
+    """What worker ``index`` has of all rings that it inherited; the others are closed."""
+    mine: list[PacketRing] = []
+    for ring in rings:
+        if ring.queue % workers == index:
+            mine.append(PacketRing(ring))
+        else:
+            os.close(ring.descriptor)
+    return mine
+
+
+@contextlib.contextmanager
+def above(rings: Sequence[RingSocket]) -> Iterator[None]:
+    """What is opened meanwhile gets higher descriptors than the rings.
+
+    A process that dies closes its highest descriptors first, and the kernel takes some 25 ms for each ring: queues
+    must be gone before, as policies that fail open do so by queues without a listener.
+    """
+    highest = max((ring.descriptor for ring in rings), default=-1)
+    fillers: list[int] = []
+    try:
+        while not fillers or fillers[-1] < highest:
+            fillers.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for each in fillers:
+            os.close(each)
+
+
 class PacketRing:
     """A worker's part: one ring's memory.  ``cursor`` is the frame that comes next, shared with the compiled reader."""
 
     def __init__(self, ring: RingSocket) -> None:
-        """Map what the supervisor has opened, and go on where another worker has ended."""
+        """Take over what the supervisor has opened, and go on where another worker has ended."""
         self.fd = ring.descriptor
         self._is_right = _is_ipv4 if ring.family == socket.AF_INET else _is_ipv6
         self.frames = FRAMES[socket.AddressFamily(ring.family)]
-        self._socket = socket.socket(fileno=ring.descriptor)
+        self._socket = socket.socket(fileno=self.fd)
         self._map = mmap.mmap(self.fd, self.frames * FRAME)
         self._words = memoryview(self._map).cast("I")
         self.memory = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
