@@ -203,8 +203,8 @@ class OffloadConfig:
     ring: bool = _option(
         True,
         "Take whole ESP datagrams from packet rings (packet(7)) in place of queues, for the compiled code. Our table drops "
-        "what is in a ring before all other rules of prerouting (priority -450). A ring takes 2 MiB (IPv4) and 1 MiB (IPv6) "
-        "for each lane of each worker.",
+        "what is in a ring before all other rules of prerouting (priority -450). A ring takes 1.5 MiB (IPv4) and 0.5 MiB "
+        "(IPv6) for each lane of each worker.",
         restart=True,
     )
 
