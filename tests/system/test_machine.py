@@ -43,12 +43,13 @@ def test_the_package_installs_with_its_account_and_modes(stage, package):
     box.run("dpkg", "-i", f"/root/{package.name}", timeout=400)
     stage.seconds["install"] = time.monotonic() - started
     modes = box.shell("stat -c '%a %U %G %n' /etc/ipsecq /etc/ipsecq/* && getent passwd ipsecq").splitlines()
-    assert modes[:3] == [
+    assert modes[:4] == [
         "750 root ipsecq /etc/ipsecq",
+        "755 root root /etc/ipsecq/inner.d",
         "640 root ipsecq /etc/ipsecq/ipsecq.toml",
         "640 root ipsecq /etc/ipsecq/setkey.conf",
     ]
-    assert modes[3].endswith(":/nonexistent:/usr/sbin/nologin")
+    assert modes[4].endswith(":/nonexistent:/usr/sbin/nologin")
     assert box.run("ipsecq", "version", timeout=120).out.startswith("ipsecq ")
     assert box.shell("systemctl is-enabled ipsecq ipsecq-nft", check=False).split() == ["disabled", "disabled"]
 
