@@ -323,7 +323,7 @@ def _show_worker(sample: WorkerSample) -> dict[str, Any]:
         "restarts": sample.restarts,
         "queue": sample.queue,
         "queue_length": sample.queue_length,
-        "kernel_drops": sample.queue_full_drops + sample.socket_full_drops,
+        "kernel_drops": sum(sample.lost.values()),
         "packets_in": sample.counters[Counter.IN_PACKETS],
         "packets_out": sample.counters[Counter.OUT_PACKETS],
         "busy_seconds": sample.counters[Counter.BUSY_NS] / 1e9,

@@ -9,11 +9,10 @@ import time
 from typing import Any, Final
 
 import ipsecq
-from ipsecq.counters import Counter
 from ipsecq.daemon.events import EventBus
 from ipsecq.daemon.pool import WorkerPool
 from ipsecq.daemon.sampling import History, Sampler
-from ipsecq.metrics.live import KERNEL_DROPS
+from ipsecq.metrics.live import KERNEL_DROPS, lost
 from ipsecq.metrics.reasons import DROPS, reason
 from ipsecq.metrics.source import TunnelSample, WorkerSample
 from ipsecq.numbers import Mode, Protocol, SaState
@@ -134,12 +133,7 @@ class _Seen:
     def __init__(self, sampler: Sampler, pool: WorkerPool, history: History) -> None:
         self.workers: list[WorkerSample] = sampler.workers()
         self.counters = sampler.counters()
-        self.kernel = {
-            "queue_full": sum(worker.queue_full_drops for worker in self.workers),
-            "socket_full": sum(worker.socket_full_drops for worker in self.workers),
-            "truncated": self.counters[Counter.QUEUE_TRUNCATED],
-            "ring_full": self.counters[Counter.RING_DROPPED],
-        }
+        self.kernel = lost(self.workers)
         self.reloads, self.repairs = history.reloads_done, history.ruleset_repairs
         self.fail_open = sampler.fail_open(sampler.policies())
         self.tunnels: dict[tuple[str, str], TunnelSample] = {

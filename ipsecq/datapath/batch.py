@@ -39,6 +39,7 @@ BURST: Final = 64
 """Datagrams made of super-packets that are sent before the batch is finished."""
 
 MAX_ADDRESSES: Final = 4096
+"""Addresses that are remembered as this host's, or not."""
 
 EARLY_PACKETS: Final = 512
 """Packets kept for one SA that key management is about to make."""

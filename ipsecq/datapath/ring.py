@@ -24,6 +24,7 @@ from typing import Final, NamedTuple
 
 from ipsecq.netfilter.compile import DIRECT_OCTETS
 from ipsecq.netfilter.steering import buckets
+from ipsecq.packet.checksum import ones_complement
 
 FRAME: Final = 2048
 """Octets of a frame: two of them fill a page, and 80 are the kernel's."""
@@ -248,5 +249,4 @@ def _is_ipv4(datagram: bytes) -> bool:
     length = (datagram[0] & 15) * 4 if datagram else 0
     if length < 20 or length > len(datagram) or datagram[0] >> 4 != 4:
         return False
-    total: int = sum(struct.unpack_from(f">{length // 2}H", datagram))
-    return (total & 0xFFFF) + (total >> 16) == 0xFFFF
+    return ones_complement(datagram[:length]) == 0xFFFF

@@ -6,7 +6,7 @@ import cython
 if not cython.compiled:
     raise ImportError("this module only works compiled")
 
-from cython.cimports.ipsecq.compiled.octets import get16
+from cython.cimports.ipsecq.compiled.octets import folded, words
 from cython.cimports.ipsecq.fastpath.opener import Opener
 from cython.cimports.ipsecq.fastpath.sockets import load_acquire, store_release
 from cython.cimports.libc.stdint import uint16_t, uint32_t, uint64_t
@@ -47,7 +47,7 @@ class Ring:
             memcpy(cython.address(start), frame + 14, 2)
             at = frame + start
             # A wrong header checksum is not the fast path's business.
-            if at[0] == 0x45 and captured >= 20 and not _is_right(at):
+            if at[0] == 0x45 and captured >= 20 and folded(words(at, 20)) != 0xFFFF:
                 self.stopped = True
             else:
                 self.stopped = opener.packet(at, captured, False, now) != 1
@@ -60,14 +60,3 @@ class Ring:
             count += 1
         return count
 
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _is_right(at: cython.p_uchar) -> cython.bint:
-    """The sum over an IPv4 header without options (RFC 791)."""
-    total: uint32_t = 0
-    place: cython.Py_ssize_t
-    for place in range(0, 20, 2):
-        total += get16(at + place)
-    return (total & 0xFFFF) + (total >> 16) == 0xFFFF

@@ -227,10 +227,8 @@ def _workers(workers: Iterable[WorkerSample]) -> Iterator[Metric]:
         packets.add_metric([*name, "out"], counters[Counter.OUT_PACKETS])
         beats.add_metric(name, counters[Counter.HEARTBEAT])
         length.add_metric(name, worker.queue_length)
-        dropped.add_metric([*name, "queue_full"], worker.queue_full_drops)
-        dropped.add_metric([*name, "socket_full"], worker.socket_full_drops)
-        dropped.add_metric([*name, "truncated"], counters[Counter.QUEUE_TRUNCATED])
-        dropped.add_metric([*name, "ring_full"], counters[Counter.RING_DROPPED])
+        for kind, count in worker.lost.items():
+            dropped.add_metric([*name, kind], count)
         errors.add_metric(name, counters[Counter.QUEUE_ERRORS] + counters[Counter.ENOBUFS])
         for offload in Offload:
             offloads.add_metric([*name, str(offload.name).lower()], bool(counters[Counter.OFFLOADS] & offload))

@@ -6,6 +6,7 @@ No key is in it.
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ipsecq import __version__
@@ -20,6 +21,7 @@ from ipsecq.sa.association import Slot
 KERNEL_DROPS: Final = {
     "queue_full": "the kernel's queue was full: the worker is too slow for this traffic",
     "socket_full": "the worker's socket buffer was full",
+    "ring_full": "a packet ring was full: the worker is too slow for this traffic",
     "truncated": "cut off on the way to the worker",
 }
 """Packets that no worker saw whole, in words."""
@@ -29,17 +31,16 @@ _PACKETS, _BYTES, _LAST_USE = int(Slot.PACKETS), int(Slot.BYTES), int(Slot.LAST_
 _BAD, _REPLAYS, _DROPS = int(Slot.BADAUTH), int(Slot.REPLAY), int(Slot.DROPS)
 
 
+def lost(workers: Sequence[WorkerSample]) -> dict[str, int]:
+    """Packets that no worker saw whole, by kind."""
+    return {kind: sum(worker.lost[kind] for worker in workers) for kind in KERNEL_DROPS}
+
+
 def data(snapshot: Snapshot) -> dict[str, Any]:
     """Everything that the snapshot holds, in short names."""
     total = snapshot.counters()
-    lost = {
-        "queue_full": sum(worker.queue_full_drops for worker in snapshot.workers),
-        "socket_full": sum(worker.socket_full_drops for worker in snapshot.workers),
-        "truncated": total[Counter.QUEUE_TRUNCATED],
-        "ring_full": total[Counter.RING_DROPPED],
-    }
     drops = [(counter.name.lower(), total[counter], reason(counter)) for counter in DROPS if total[counter]]
-    drops += [(kind, count, KERNEL_DROPS[kind]) for kind, count in lost.items() if count]
+    drops += [(kind, count, KERNEL_DROPS[kind]) for kind, count in lost(snapshot.workers).items() if count]
     return {
         "time": snapshot.time,
         "version": __version__,
@@ -85,8 +86,7 @@ def _worker(worker: WorkerSample) -> dict[str, Any]:
         "in": counters[Counter.IN_PACKETS],
         "out": counters[Counter.OUT_PACKETS],
         "waiting": worker.queue_length,
-        "lost": worker.queue_full_drops + worker.socket_full_drops + counters[Counter.QUEUE_TRUNCATED]
-        + counters[Counter.RING_DROPPED],
+        "lost": sum(worker.lost.values()),
         "offloads": [str(each.name).lower() for each in Offload if counters[Counter.OFFLOADS] & each],
     }
 

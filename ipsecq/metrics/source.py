@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ipsecq.counters import COUNTERS_WORDS
+from ipsecq.counters import COUNTERS_WORDS, Counter
 from ipsecq.sa.association import SecurityAssociation
 
 
@@ -26,6 +26,16 @@ class WorkerSample:
     pid: int = 0
     queue: int = 0
     """Number of its first NFQUEUE.  It has more (lanes, and one for super-packets), whose figures are added."""
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Packets that it did not see whole, by kind: what each means is in :data:`ipsecq.metrics.live.KERNEL_DROPS`."""
+        return {
+            "queue_full": self.queue_full_drops,
+            "socket_full": self.socket_full_drops,
+            "ring_full": self.counters[Counter.RING_DROPPED],
+            "truncated": self.counters[Counter.QUEUE_TRUNCATED],
+        }
 
 
 @dataclass(slots=True, frozen=True)

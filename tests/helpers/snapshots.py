@@ -33,7 +33,7 @@ def sample():
 
 
 def full():
-    first = page(IN_PACKETS=3, ESP_REPLAY=2, BUSY_NS=2_000_000_000)
+    first = page(IN_PACKETS=3, ESP_REPLAY=2, BUSY_NS=2_000_000_000, RING_DROPPED=7)
     second = page(IN_PACKETS=4, FLOW_HIT=9, QUEUE_TRUNCATED=6, OFFLOADS=Offload.COALESCE)
     first[HISTOGRAM_BASE] = 10
     first[HISTOGRAM_BASE + 3] = 5

@@ -73,6 +73,7 @@ def test_workers_and_queues():
     assert value("ipsecq_queue_dropped_total", worker="0", kind="queue_full") == 3
     assert value("ipsecq_queue_dropped_total", worker="0", kind="socket_full") == 4
     assert value("ipsecq_queue_dropped_total", worker="1", kind="truncated") == 6
+    assert value("ipsecq_queue_dropped_total", worker="0", kind="ring_full") == 7
     assert value("ipsecq_offload_active", worker="1", offload="gso") == 0
     assert value("ipsecq_offload_active", worker="1", offload="coalesce") == 1
     assert value("ipsecq_worker_packets_total", worker="1", direction="in") == 4

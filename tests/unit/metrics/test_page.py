@@ -34,7 +34,7 @@ def test_the_page_and_its_data_are_served(fetch):
     assert (sa["spi"], sa["direction"], sa["packets"], sa["replays"], sa["used"]) == ("0x00001001", "out", 5, 2, 0.7)
     assert data["tunnels"][0]["up"] is False
     assert {drop["reason"]: drop["count"] for drop in data["drops"]} == {
-        "esp_replay": 2, "queue_full": 3, "socket_full": 4, "truncated": 6,
+        "esp_replay": 2, "queue_full": 3, "socket_full": 4, "truncated": 6, "ring_full": 7,
     }  # fmt: skip
     assert data["workers"][1]["offloads"] == ["coalesce"]
     assert data["offloads"] == [
