@@ -128,32 +128,44 @@ level = "info"
 """
         )
         self.process: subprocess.Popen[bytes] | None = None
+        self._notify: socket.socket | None = None
 
     def start(self, *, wait: bool = True) -> Gateway:
-        """Start the daemon and wait for READY=1."""
-        notify = self.directory / "notify"
-        notify.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(str(notify))
-            ready.setblocking(False)
-            self.process = self.space.popen(
-                sys.executable, "-m", "ipsecq", "run", "--config", str(self.config),
-                log=self.log, env={"NOTIFY_SOCKET": str(notify)},
-            )  # fmt: skip
-            if wait:
-                try:
-                    wait_for(lambda: self._said_ready(ready), "READY=1", READY_SECONDS)
-                except LabError as error:
-                    raise LabError(f"gateway {self.space.role}: {error}; its log:\n{self.log_tail()}") from None
+        """Start the daemon, and unless told otherwise wait for READY=1."""
+        self._close_notify()
+        path = self.directory / "notify"
+        path.unlink(missing_ok=True)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(path))
+        self._notify.setblocking(False)
+        self.process = self.space.popen(
+            sys.executable, "-m", "ipsecq", "run", "--config", str(self.config),
+            log=self.log, env={"NOTIFY_SOCKET": str(path)},
+        )  # fmt: skip
+        return self.ready() if wait else self
+
+    def ready(self) -> Gateway:
+        """Wait for READY=1.  Raises LabError with the log when it doesn't come."""
+        try:
+            wait_for(self._said_ready, "READY=1", READY_SECONDS)
+        except LabError as error:
+            raise LabError(f"gateway {self.space.role}: {error}; its log:\n{self.log_tail()}") from None
+        finally:
+            self._close_notify()
         return self
 
-    def _said_ready(self, ready: socket.socket) -> bool:
-        process = self.process
+    def _close_notify(self) -> None:
+        if self._notify:
+            self._notify.close()
+            self._notify = None
+
+    def _said_ready(self) -> bool:
+        process, notify = self.process, self._notify
         if process is None or process.poll() is not None:
             raise LabError(f"ended with status {process.returncode if process else '?'} before it was ready")
         with contextlib.suppress(BlockingIOError):
-            while True:
-                if b"READY=1" in ready.recv(4096).split(b"\n"):
+            while notify:
+                if b"READY=1" in notify.recv(4096).split(b"\n"):
                     return True
         return False
 
@@ -233,6 +245,6 @@ def both_gateways(network: Network, tunnel: Tunnel | None = None, *, workers: in
     """Daemons at both ends of a tunnel, started and ready."""
     tunnel = tunnel or Tunnel(network)
     one, two = (Gateway(site.gateway, tunnel.setkey(site), workers=workers) for site in network.sites)
-    one.start(wait=True)
-    two.start(wait=True)
-    return one, two
+    one.start(wait=False)
+    two.start(wait=False)
+    return one.ready(), two.ready()

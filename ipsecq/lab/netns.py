@@ -9,11 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -26,6 +28,8 @@ from typing import Final, TypeVar
 
 CLONE_NEWNET: Final = 0x40000000
 NETNS_DIRECTORY: Final = Path("/run/netns")
+SIOCGIFMTU: Final = 0x8921
+_IFREQ_MTU: Final = struct.Struct("16si20x")
 _OUR_NAME: Final = re.compile(r"iq(\d+)x\d+-")
 
 T = TypeVar("T")
@@ -109,13 +113,26 @@ class Namespace:
         """Load nft text as one transaction."""
         self.run("nft", "-f", "-", stdin=ruleset)
 
+    def ip(self, *lines: str) -> str:
+        """Run lines of ``ip -batch`` here, one process for all; what they print.  LabError when one fails."""
+        return self.lab.run("ip", "-n", self.name, "-batch", "-", stdin="\n".join(lines)).stdout
+
     def has_carrier(self, device: str) -> bool:
-        """Whether the kernel has noticed that a device's link is up."""
-        return self.run("cat", f"/sys/class/net/{device}/operstate").stdout.strip() == "up"
+        """Whether the kernel has noticed that a device's link is up.
+
+        To be asked by netlink makes it look at once; left alone (or asked by sysfs) it looks once a second.
+        """
+        return " state UP " in self.ip(f"link show dev {device}")
+
+    def mtu(self, device: str) -> int:
+        """The MTU of a device here."""
+        with self.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            answer = fcntl.ioctl(any_socket, SIOCGIFMTU, _IFREQ_MTU.pack(device.encode(), 0))
+        return int(_IFREQ_MTU.unpack(answer)[1])
 
     def link_mtu(self, device: str, mtu: int) -> None:
         """Set the MTU of a device here."""
-        self.run("ip", "link", "set", device, "mtu", str(mtu))
+        self.ip(f"link set {device} mtu {mtu}")
 
 
 class Lab:
@@ -152,7 +169,7 @@ class Lab:
         space = Namespace(self, role)
         self.run("ip", "netns", "add", space.name)
         self.namespaces[role] = space
-        space.run("ip", "link", "set", "lo", "up")
+        space.ip("link set lo up")
         # /usr/lib/sysctl.d/50-default.conf of systemd: loose reverse-path filter on every device, "all" left alone.
         space.sysctl("net.ipv4.conf.default.rp_filter", 2)
         space.sysctl("net.ipv4.conf.lo.rp_filter", 2)
@@ -164,15 +181,13 @@ class Lab:
 
     def link(self, one: Namespace, device_one: str, two: Namespace, device_two: str, mtu: int = 1500) -> None:
         """Join two namespaces with a veth pair (offloads as the kernel sets them), up at both ends."""
-        self.run(
-            *("ip", "link", "add", device_one, "netns", one.name, "mtu", str(mtu), "type", "veth"),
-            *("peer", "name", device_two, "netns", two.name, "mtu", str(mtu)),
+        one.ip(
+            f"link add {device_one} mtu {mtu} type veth peer name {device_two} netns {two.name} mtu {mtu}",
+            f"link set {device_one} up",
         )
-        ends = ((one, device_one), (two, device_two))
-        for space, device in ends:
-            space.run("ip", "link", "set", device, "up")
+        two.ip(f"link set {device_two} up")
         # Until the kernel has noticed the carrier, what is sent is lost, and IPv6 asks for a neighbour once a second.
-        for space, device in ends:
+        for space, device in ((one, device_one), (two, device_two)):
             wait_for(partial(space.has_carrier, device), f"the carrier of {device}")
 
     def run(

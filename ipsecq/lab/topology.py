@@ -138,21 +138,17 @@ def forward(space: Namespace) -> None:
 
 def address(space: Namespace, device: str, *addresses: str) -> None:
     """Give a device its addresses, usable at once (no duplicate address detection)."""
-    for text in addresses:
-        nodad = ["nodad"] if ":" in text else []
-        if nodad and _mtu(space, device) < 1280:
-            continue  # Linux has no IPv6 on such a device
-        space.run("ip", "addr", "add", text, "dev", device, *nodad)
+    with_ipv6 = space.mtu(device) >= 1280  # Linux has no IPv6 on a device with less
+    space.ip(*(
+        f"addr add {text} dev {device}{' nodad' if ':' in text else ''}"
+        for text in addresses if with_ipv6 or ":" not in text
+    ))  # fmt: skip
 
 
 def default_route(space: Namespace, via4: str, via6: str) -> None:
     """Default routes of both families; IPv6's only where the device has IPv6."""
-    space.run("ip", "route", "add", "default", "via", via4)
+    space.ip(f"route add default via {via4}")
     space.run("ip", "-6", "route", "add", "default", "via", via6, check=False)
-
-
-def _mtu(space: Namespace, device: str) -> int:
-    return int(space.run("cat", f"/sys/class/net/{device}/mtu").stdout)
 
 
 def firewall(site: Site, *, masquerade_inner: str | None = None) -> None:

@@ -35,5 +35,7 @@ def open_world(lab, *, tunnel=None, workers=2, masquerade_inner=None, daemon="",
     ]
     started[:] = gateways
     for gateway in gateways:
-        gateway.start()
+        gateway.start(wait=False)
+    for gateway in gateways:
+        gateway.ready()
     return World(network, tunnel, *gateways)
