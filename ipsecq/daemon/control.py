@@ -31,6 +31,12 @@ MAX_ANSWER: Final = 1 << 26
 PATIENCE: Final = 10.0
 """Seconds that a client has to say what it wants, and then to take the answer."""
 
+READER_PATIENCE: Final = 10.0
+"""Seconds that the reader of a stream may leave it unread."""
+
+REFUSAL_PATIENCE: Final = 1.0
+"""Seconds that a client for whom there is no place has to say what it wants, before it is refused."""
+
 MAX_STREAMS: Final = 8
 """Clients that read a stream; the other places stay free for questions."""
 
@@ -99,7 +105,7 @@ class ControlServer:
                 answer: bytes | Stream = _refusal(DaemonError("the control socket is busy: try again"))
                 # A socket that closes with something unread in it takes the answer away from its client.
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
+                    async with asyncio.timeout(REFUSAL_PATIENCE):
                         await reader.readline()
             else:
                 answer = await self._answer(reader, writer)
@@ -118,7 +124,7 @@ class ControlServer:
             writer.close()
 
     async def _stream(self, stream: Stream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Until the client goes, says anything, or does not read for :data:`PATIENCE`."""
+        """Until the client goes, says anything, or does not read for :data:`READER_PATIENCE`."""
         self._streams += 1
         gone = asyncio.ensure_future(reader.read(1))
         part: asyncio.Future[list[dict[str, Any]]] | None = None
@@ -130,7 +136,7 @@ class ControlServer:
                 if not part.done():
                     return
                 writer.write(b"".join(json.dumps(each).encode() + b"\n" for each in part.result()))
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(READER_PATIENCE):
                     await writer.drain()
         finally:
             self._streams -= 1

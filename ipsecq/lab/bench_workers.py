@@ -260,8 +260,10 @@ class _Worker:
         """Packets, seconds that they took, and seconds of processor time."""
         before = self._delivered[Counter.IN_DELIVERED]
         count, processor, start = 0, time.process_time(), time.monotonic()
-        while (now := time.monotonic()) - start < seconds:
+        now = start
+        while not count or now - start < seconds:
             count += self._turn()
+            now = time.monotonic()
         if (came := self._delivered[Counter.IN_DELIVERED] - before) != count:
             raise LabError(f"{count} packets were sealed, {came} came out")
         return count, now - start, time.process_time() - processor

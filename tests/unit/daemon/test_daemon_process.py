@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from ipsecq.lab.gateway import Gateway
-from ipsecq.lab.netns import Lab
+from ipsecq.lab.netns import Lab, wait_for
 
 pytestmark = [
     pytest.mark.root,
@@ -41,8 +41,14 @@ def gateway():
 
 
 def send(gateway):
-    """One packet for the tunnel; the SA as status shows it afterwards."""
+    """One packet for the tunnel, which nobody answers; the SA as status shows it when a worker is through with it."""
+
+    def handled():
+        return gateway.metric("ipsecq_packet_seconds_count")
+
+    before = handled()
     gateway.space.run("ping", "-c", "1", "-W", "0.2", "-I", "10.1.0.1", "10.2.0.1", check=False)
+    wait_for(lambda: handled() > before, "a worker to be through with the packet", 20)
     return gateway.status()["sas"][0]
 
 

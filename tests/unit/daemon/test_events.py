@@ -32,7 +32,7 @@ def test_a_reader_waits_for_news():
         await asyncio.sleep(0.01)
         assert not news.done()
         events.publish("x")
-        return await asyncio.wait_for(news, 1)
+        return await asyncio.wait_for(news, 30)
 
     assert [event["event"] for event in asyncio.run(scenario())] == ["x"]
 

@@ -62,13 +62,14 @@ def test_memory_is_not_dumped():
 
 def test_a_child_dies_with_its_parent():
     child = "from ipsecq.daemon import privileges as p; import sys, time; p.die_with_parent(int(sys.argv[1])); "
-    child += "print('up', flush=True); time.sleep(30)"
+    child += "print('up', flush=True); time.sleep(120)"
     code = (
-        f"c = subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())], stdout=subprocess.PIPE)\n"
+        f"c = subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())], stdout=subprocess.PIPE,"
+        " stderr=subprocess.DEVNULL)\n"
         "c.stdout.readline(); print(c.pid)\n"
     )
     pid = int(in_child(code)[0])
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
             with open(f"/proc/{pid}/stat") as stat:

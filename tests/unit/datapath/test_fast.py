@@ -237,7 +237,10 @@ def test_a_worker_without_packets_still_gives_signs_of_life():
     fast = Fast(peers(association("gcm", 4), 4)[0])
     before = fast.peer.count(Counter.HEARTBEAT)
     with select.epoll() as poll:
-        assert fast.path.serve(poll.fileno(), time.monotonic() + 0.05) == (-1, 0)
+        for _ in range(20):  # whoever comes to it too late has no time left to wait in
+            assert fast.path.serve(poll.fileno(), time.monotonic() + 0.05) == (-1, 0)
+            if fast.peer.count(Counter.HEARTBEAT) > before:
+                break
     assert fast.peer.count(Counter.HEARTBEAT) == before + 1
 
 

@@ -50,7 +50,7 @@ class Memory:
 
     def serve(self):
         """One round of the reader, up to what it leaves to others."""
-        return self.path.serve(self.poll.fileno(), time.monotonic() + 1.0)
+        return self.path.serve(self.poll.fileno(), time.monotonic() + 60.0)
 
     def close(self):
         self.poll.close()

@@ -42,10 +42,10 @@ def test_a_packet_s_socket_is_found_as_the_kernel_finds_it(lookup, family, addre
     with bound(family, socket.SOCK_STREAM, MARK | 5, address) as listener, \
             bound(family, socket.SOCK_DGRAM, OTHER, address) as udp:  # fmt: skip
         listener.listen()
-        port = listener.getsockname()[1]
+        port, taken = listener.getsockname()[1], udp.getsockname()[1]
         assert lookup(packed, packed, 6, 4000, port) == MARK
-        assert lookup(packed, packed, 17, 4000, udp.getsockname()[1]) == OTHER
-        assert lookup(packed, packed, 17, 4000, port ^ 1) == 0
+        assert lookup(packed, packed, 17, 4000, taken) == OTHER
+        assert lookup(packed, packed, 17, 4000, taken ^ 1) == 0
         with socket.create_connection((address, port)) as client:
             set_mark(client, OTHER)
             near = client.getsockname()[1]

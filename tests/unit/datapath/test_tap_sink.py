@@ -8,7 +8,7 @@ import pytest
 from engine_peers import make_peer, policy, udp
 
 from ipsecq.counters import COUNTERS_WORDS, Counter, Fate
-from ipsecq.datapath.tap import BURST, Taps, TapSink
+from ipsecq.datapath.tap import Taps, TapSink
 from ipsecq.pcap.enc import HEADER_LENGTH, read_message
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
@@ -105,7 +105,7 @@ def test_a_reader_that_is_full_is_told_how_many_packets_it_lost(make):
 
 def test_beyond_its_share_a_reader_gets_nothing_more_until_time_has_gone_by(make):
     bench = make(share=1)
-    bench.sink.refill(-100 * BURST, 0)
+    bench.sink.refill(-FOREVER, 0)
     bench.send(10)
     assert bench.read() == ([], 0)
     bench.send(10)

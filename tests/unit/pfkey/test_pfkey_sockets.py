@@ -10,6 +10,7 @@ import time
 import pytest
 
 from ipsecq.errors import DaemonError
+from ipsecq.lab.netns import wait_for
 from ipsecq.numbers import Protocol
 from ipsecq.pfkey.client import PfkeyClient
 from ipsecq.pfkey.constants import Dialect, MessageType
@@ -145,12 +146,13 @@ def test_a_slow_reader_gets_a_whole_dump_while_others_go_on(path, make):
     with Daemon(path) as daemon, PfkeyClient.connect(path) as slow, PfkeyClient.connect(path) as quick:
         for number in range(count):
             daemon.database.add_sa(sa(number))
+        slow_id = min(id_ for id_, *_ in daemon.sockets.clients)
         slow.send(Message(T.DUMP))
-        time.sleep(0.2)
-        for number in range(50):  # others change the SAD and are answered at once
-            started = time.monotonic()
+        for number in range(50):  # others change the SAD and are answered
             quick.request(make.add(0x900000 + number))
-            assert time.monotonic() - started < 1
+        under_way = []
+        daemon.call(lambda: under_way.append(daemon.server.dumping(slow_id)))
+        assert under_way == [True]
         quick.request(Message(T.FLUSH))
         records = []
         while not records or records[-1].seq:
@@ -196,9 +198,11 @@ def test_replies_wait_for_the_barrier_and_keep_their_order(path, make):
     waiting = []
     with Daemon(path, barrier=waiting.append) as daemon, PfkeyClient.connect(path, timeout=0.3) as client:
         client.send(make.add())
+        wait_for(lambda: waiting, "the barrier", 30)
+        assert len(daemon.database.sad) == 1
         with pytest.raises(TimeoutError):
             client.receive()
-        assert len(daemon.database.sad) == 1
+        client.socket.settimeout(30)
         daemon.call(waiting.pop(0))
         assert client.receive().type == T.ADD
 
