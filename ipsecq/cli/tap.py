@@ -19,8 +19,8 @@ from ipsecq.errors import CaptureError
 if TYPE_CHECKING:
     from ipsecq.daemon.tap import TapClient
 
-_LAST_SECONDS: Final = 0.4
-"""After an interrupt: workers say within a quarter of a second what they dropped."""
+_LAST_SECONDS: Final = 5.0
+"""After an interrupt workers send what they have and say what they dropped, a moment later; then the stream ends."""
 _MESSAGE: Final = 1 << 19
 _NICE: Final = 10
 """Who reads a capture must not take the processor from who makes the packets; what it is too late for is counted."""
@@ -81,12 +81,11 @@ def _copy(client: TapClient, stream: BinaryIO, snaplen: int, count: int) -> tupl
             writer = EncWriter(stream, snaplen)
             stream.flush()
             while not count or writer.packets < count:
-                patience = None if deadline is None else deadline - time.monotonic()
-                if patience is not None and patience <= 0:
-                    break
+                patience = None if deadline is None else max(deadline - time.monotonic(), 0.0)
                 ready = select.select([client.packets.fileno(), wake], [], [], patience)[0]
                 if wake in ready:
                     os.read(wake, 1)
+                    client.close()
                     deadline = deadline or time.monotonic() + _LAST_SECONDS
                     continue
                 if not ready:

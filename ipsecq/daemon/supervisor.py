@@ -177,7 +177,7 @@ class Supervisor:
             {} if self.config.offload.compiled else {"IPSECQ_PURE": "1"},
         )
         stack.callback(self._settle)
-        self.taps = TapServer(config.tap_socket, self.pool, self.authority.sysctl)
+        self.taps = TapServer(config.tap_socket, self.pool, self.authority.sysctl, self.spawn)
         stack.push_async_callback(self.pool.stop)
         self.pool.start()
         await self.pool.settled(self.pool.generation)

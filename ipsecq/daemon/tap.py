@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import socket
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,8 @@ MAX_REQUEST: Final = 1 << 16
 BUFFER: Final = 8 << 20
 """Octets that may wait for a reader, all workers together: some milliseconds of a full line."""
 SO_SNDBUFFORCE: Final = 32
+ATTACH_SECONDS: Final = 2.0
+"""How long a client waits for workers that are late: one that starts will join."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +43,10 @@ class _Client:
 class TapServer:
     """The supervisor's end.  All methods belong to its event loop."""
 
-    def __init__(self, path: Path, pool: WorkerPool, sysctl: Sysctl) -> None:
-        self._path, self._pool, self._sysctl = path, pool, sysctl
+    def __init__(
+        self, path: Path, pool: WorkerPool, sysctl: Sysctl, spawn: Callable[[Coroutine[Any, Any, None]], None]
+    ) -> None:
+        self._path, self._pool, self._sysctl, self._spawn = path, pool, sysctl, spawn
         self._clients: set[_Client] = set()
         self._serial = 0
         self._mirror = False
@@ -117,21 +122,28 @@ class TapServer:
 
     def _begin(self, client: _Client) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs:
+        with ours:
             try:
                 ours.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
             except OSError:
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             self._serial += 1
             client.number = self._serial
+            self._pool.share(client.number, ours.fileno())
+        generation = self._pool.broadcast([("tap_attach", client.number, client.request)])
+        self._spawn(self._answer_when_attached(client, theirs, generation))
+
+    async def _answer_when_attached(self, client: _Client, theirs: socket.socket, generation: int) -> None:
+        """Who has an answer misses no packet from then on."""
+        with theirs:
+            with contextlib.suppress(DaemonError):
+                await self._pool.settled(generation, ATTACH_SECONDS)
             answer = json.dumps({"ok": True, "workers": len(self._pool.workers)}).encode()
             try:
                 socket.send_fds(client.sock, [answer], [theirs.fileno()])
             except OSError:
-                self._end(client)
-                return
-            self._pool.share(client.number, ours.fileno())
-        self._pool.broadcast([("tap_attach", client.number, client.request)])
+                if client in self._clients:
+                    self._end(client)
 
     def _end(self, client: _Client) -> None:
         self._clients.discard(client)

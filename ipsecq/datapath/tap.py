@@ -34,6 +34,9 @@ OVERHEAD: Final = 1.5
 LONGEST: Final = 200_000
 """Nanoseconds that one step can take; what is beyond was somebody else's turn on the processor."""
 
+END_SECONDS: Final = 5.0
+"""How long the last message waits for a reader who has no room for it."""
+
 CHUNK: Final = 60_000
 """Octets of one message to the reader; a packet that is longer goes alone."""
 
@@ -120,6 +123,17 @@ class TapSink(Budget):
         if self.dropped and not self._count:
             self._send()
 
+    def end(self) -> bool:
+        """Send what waits and tell of drops, then close.  False when the reader has no room for that yet."""
+        if self._count:
+            self._send()
+        if self.dropped and not self.gone:
+            self._send()
+        if self.dropped and not self.gone:
+            return False
+        self.close()
+        return True
+
     def close(self) -> None:
         """Close the descriptor."""
         self._socket.close()
@@ -163,6 +177,10 @@ class Mirror(Budget):
     def tick(self) -> None:
         """Nobody is told of drops but the counter."""
 
+    def end(self) -> bool:
+        """The socket stays."""
+        return True
+
     def close(self) -> None:
         """The socket stays."""
 
@@ -195,6 +213,8 @@ class Taps:
         self._worked = 0
         """Processor time when :meth:`_refill` was called last."""
         self.sinks: dict[int, TapSink | Mirror] = {}
+        self._ending: list[tuple[TapSink | Mirror, float]] = []
+        """Sinks whose last message has not gone out, and how long it may wait."""
         self._tap: Tap | None = None
 
     def attach(self, number: int, sink: TapSink | Mirror) -> None:
@@ -209,7 +229,8 @@ class Taps:
         """End; nothing happens when it has ended already."""
         sink = self.sinks.pop(number, None)
         if sink is not None:
-            sink.close()
+            if not sink.end():
+                self._ending.append((sink, time.monotonic() + END_SECONDS))
             self._watch()
 
     def flush(self) -> None:
@@ -227,11 +248,22 @@ class Taps:
             self._tap.tell()
         for sink in self.sinks.values():
             sink.tick()
+        ending, self._ending = self._ending, []
+        for sink, until in ending:
+            if sink.end():
+                continue
+            if time.monotonic() < until:
+                self._ending.append((sink, until))
+            else:
+                sink.close()
 
     def close(self) -> None:
         """All watchers go."""
         for number in list(self.sinks):
             self.detach(number)
+        for sink, _ in self._ending:
+            sink.close()
+        self._ending.clear()
 
     def _refill(self) -> None:
         """Budgets grow by the worker's time; what it waited for others on the processor is not its own."""

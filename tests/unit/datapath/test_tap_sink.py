@@ -30,6 +30,7 @@ class Bench:
         self.counters = [0] * COUNTERS_WORDS
         ours, self.reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.reader.setblocking(False)
+        self.ended = False
         self.sink = TapSink(ours.detach(), 3, self.counters, ways=(0, 1), **more)
         self.sink.refill(0, FOREVER)
         self.taps = Taps(self.peer.outbound, self.peer.inbound, self.peer.tables.sysctl)
@@ -47,6 +48,9 @@ class Bench:
             try:
                 octets = self.reader.recv(1 << 19)
             except BlockingIOError:
+                return records, dropped
+            if not octets:
+                self.ended = True
                 return records, dropped
             worker, lost, more = read_message(octets)
             assert worker == 3
@@ -115,6 +119,33 @@ def test_beyond_its_share_a_reader_gets_nothing_more_until_time_has_gone_by(make
     bench.send(3)
     records, _ = bench.read()
     assert len(records) == 3
+
+
+def test_what_waits_and_what_was_dropped_is_told_at_the_end(make):
+    bench = make(share=1)
+    for _ in range(3):
+        bench.peer.send(PACKET)
+    bench.sink.drop(7)
+    bench.taps.detach(1)
+    records, told = bench.read()
+    assert (len(records), told, bench.ended) == (3, 7, True)
+
+
+def test_the_end_waits_for_a_reader_who_has_no_room_but_not_forever(make, monkeypatch):
+    for patient in (True, False):
+        bench = make(share=100)
+        while not bench.counters[Counter.TAP_DROPPED]:
+            bench.send(50)
+            bench.sink.refill(0, FOREVER)
+        monkeypatch.setattr("ipsecq.datapath.tap.END_SECONDS", 3600.0 if patient else 0.0)
+        bench.taps.detach(1)
+        bench.taps.tick()
+        _, told = bench.read()
+        assert (told, bench.ended) == (0, not patient)
+        if patient:
+            bench.taps.tick()
+            assert bench.read() == ([], bench.counters[Counter.TAP_DROPPED])
+            assert bench.ended
 
 
 def test_a_reader_that_has_gone_is_watched_for_no_longer(make):
