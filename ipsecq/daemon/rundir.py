@@ -10,7 +10,7 @@ from typing import Final
 
 from ipsecq.errors import DaemonError
 
-PATIENCE: Final = 2.0
+PATIENCE: Final = 5.0
 """Seconds that workers of a daemon that was killed may take to be gone; the kernel kills them with it."""
 
 

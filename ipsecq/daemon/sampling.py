@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Sequence
@@ -82,6 +83,7 @@ class Sampler:
         self._tunnels = Tunnels(authority)
         self._kernel: dict[str, tuple[int, int]] = {}
         """Name of a counter of our table → (what went with tables before this one, what it said last)."""
+        self._kernel_lock = threading.Lock()
         self.sockets: SocketPolicies | None = None
         """Set when it is there."""
         self._interfaces, self._offloads = interfaces, offloads
@@ -152,7 +154,8 @@ class Sampler:
 
     def kernel(self) -> dict[int, int]:
         """What our rules dropped or took without a worker, by Counter; never goes back, whatever becomes of our table."""
-        with contextlib.suppress(OSError, NetfilterError):
+        # The loop and the threads of /metrics ask: an older answer after a newer one would look like a new table.
+        with self._kernel_lock, contextlib.suppress(OSError, NetfilterError):
             for name, (packets, _) in self._loader.counters().items():
                 before, last = self._kernel.get(name, (0, 0))
                 self._kernel[name] = (before + last if packets < last else before), packets

@@ -1,12 +1,13 @@
 """What the daemon shows of itself: directions, successors, limits, and peers whose counters outlive their SAs."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.leases import LeaseBook
-from ipsecq.daemon.sampling import History, Sampler
+from ipsecq.daemon.sampling import KERNEL_COUNTERS, History, Sampler
 from ipsecq.daemon.table import SharedTable
 from ipsecq.numbers import SaState
 from ipsecq.policy.spd import Spd
@@ -104,3 +105,27 @@ def test_beyond_the_limit_sas_are_counted_but_have_no_series(tmp_path):
     assert (len(snapshot.sas), snapshot.sa_count, snapshot.sa_states) == (2, 5, {("esp", "out", "mature"): 5})
     assert len(house.sampler.snapshot(sa_limit=4).sas) == 4
     house.table.close()
+
+
+def test_the_kernels_counters_stay_true_when_a_scrape_is_slower_than_one_that_began_later(house):
+    name, counter = next(iter(KERNEL_COUNTERS.items()))
+    said, first, go_on = iter((5, 9)), threading.Event(), threading.Event()
+
+    def counters():
+        packets = next(said)
+        if packets == 5:
+            first.set()
+            go_on.wait(30)
+        return {name: (packets, 0)}
+
+    house.sampler._loader.counters = counters
+    threads = [threading.Thread(target=house.sampler.kernel) for _ in range(2)]
+    threads[0].start()
+    first.wait(30)
+    threads[1].start()
+    threads[1].join(0.1)  # long enough to be through where nothing holds it
+    go_on.set()
+    for each in threads:
+        each.join()
+    house.sampler._loader.counters = dict
+    assert house.sampler.kernel()[counter] == 9
