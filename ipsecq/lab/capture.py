@@ -22,7 +22,11 @@ from ipsecq.packet.address import text as _address
 
 ETHERTYPE_IPV4: Final = 0x0800
 ETHERTYPE_IPV6: Final = 0x86DD
-NEIGHBOUR_DISCOVERY: Final = range(133, 138)
+NEIGHBOUR_DISCOVERY: Final = frozenset({*range(130, 138), 143})
+"""ICMPv6 types with which links are kept up: neighbours, routers, and who listens to which group (MLD)."""
+_TALLY: Final = re.compile(
+    r"(\d+) packets? captured,? *\n?(\d+) packets? received by filter,? *\n?(\d+) packets? dropped by kernel"
+)
 _NAMES: Final = {
     1: "ICMP", 4: "IPIP", 6: "TCP", 17: "UDP", 41: "IPv6", 50: "ESP", 51: "AH", 58: "ICMPv6", 108: "IPComp",
 }  # fmt: skip
@@ -112,7 +116,7 @@ class Frame:
 
     @property
     def is_neighbour_discovery(self) -> bool:
-        """IPv6's ARP (and router discovery)."""
+        """IPv6's ARP, router discovery and MLD."""
         return self.protocol == 58 and self.payload[:1] != b"" and self.payload[0] in NEIGHBOUR_DISCOVERY
 
     @property
@@ -146,6 +150,8 @@ class Capture:
         self.path: Path = space.lab.directory / f"{space.role}-{device}-{next(_serial)}.pcap"
         self._log = self.path.with_suffix(".log")
         self._bulk = bulk
+        # What goes the wrong way is received and not captured; on the loopback each packet goes both ways.
+        self._tells_all = not arriving and device != "lo"
         # Immediate mode hands over each frame at once, in slots as large as a frame can be: few fit the buffer, so
         # bulk captures go without it and are up to a second late.
         mode = ["-B", "262144"] if bulk else ["-B", "65536", "-U", "--immediate-mode"]
@@ -164,26 +170,38 @@ class Capture:
         stop(self._process)
 
     def settle(self, quiet: float = 0.2, limit: float = 5.0) -> None:
-        """Wait until the file has stopped growing: everything sent so far is in it.
+        """Wait until nothing more comes and tcpdump has written all that came.
 
         Traffic that never pauses is waited for no longer than ``limit`` seconds, far more than tcpdump is ever late.
         """
-        size, end = -1, time.monotonic() + limit
-        while size != (size := self._flushed()) and time.monotonic() < end:
+        before: tuple[int, int, int] | None = None
+        end = time.monotonic() + limit
+        while time.monotonic() < end:
+            now = captured, received, dropped = self._tally()
+            if now == before and (captured + dropped >= received or not self._tells_all):
+                break
+            before = now
             time.sleep(quiet + 1.0 * self._bulk)
+        self._process.send_signal(signal.SIGUSR2)  # flush, and then be done with it
+        self._tally()
+        self._tally()
 
-    def _flushed(self) -> int:
-        self._process.send_signal(signal.SIGUSR2)  # tcpdump: flush
-        time.sleep(0.05)
-        return self.path.stat().st_size
+    def _tally(self) -> tuple[int, int, int]:
+        """Packets captured, received and dropped, in tcpdump's own words: one that is late answers late."""
+        known = len(self._tallies())
+        self._process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: len(self._tallies()) > known, f"tcpdump's word about {self.device}")
+        return self._tallies()[-1]
+
+    def _tallies(self) -> list[tuple[int, int, int]]:
+        return [(int(one), int(two), int(three)) for one, two, three in _TALLY.findall(self._log.read_text())]
 
     @property
     def lost(self) -> int:
         """Frames that the kernel could not hand to tcpdump; known after the capture has ended."""
-        match = re.search(r"(\d+) packets? dropped by kernel", self._log.read_text())
-        if match is None:
+        if self._process.poll() is None or not (tallies := self._tallies()):
             raise LabError(f"tcpdump has not ended properly: {self._log.read_text()}")
-        return int(match[1])
+        return tallies[-1][2]
 
     def frames(self) -> list[Frame]:
         """All frames so far."""

@@ -80,8 +80,11 @@ class Report:
 class Chaos:
     """``run`` does it all and returns the report."""
 
-    def __init__(self, lab: Lab, seed: int, seconds: float, say: Callable[[str], None] = lambda _: None) -> None:
-        self.report = Report(seed, seconds)
+    def __init__(
+        self, lab: Lab, seed: int, seconds: float, say: Callable[[str], None] = lambda _: None, *, least: int = 0
+    ) -> None:
+        """``least``: go on for longer where so many things have not been broken yet: the machine may be slow."""
+        self.report, self._least = Report(seed, seconds), least
         self._random, self._say = random.Random(seed), say  # noqa: S311  # to be repeated, not to be secret
         self.mayhem = Mayhem(lab, self._random)
 
@@ -123,7 +126,7 @@ class Chaos:
                 for gateway in gateways:
                     self.mayhem.recover(gateway)
                 middle = [memory(gateway) for gateway in gateways]
-                self._break_things(time.monotonic() + report.seconds * 2 / 3)
+                self._break_things(time.monotonic() + report.seconds * 2 / 3, self._least)
                 for gateway in gateways:
                     self.mayhem.recover(gateway)
             except (LabError, IpsecqError, OSError) as error:
@@ -137,9 +140,9 @@ class Chaos:
         self._judge_memory(before, middle, after)
         return report
 
-    def _break_things(self, end: float) -> None:
+    def _break_things(self, end: float, least: int = 0) -> None:
         for name in self._deck():
-            if time.monotonic() >= end:
+            if time.monotonic() >= end and len(self.report.events) >= least:
                 return
             event = Event(name, "", time.time())
             self.report.events.append(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from ipsecq.lab.certificates import Authority
 from ipsecq.lab.gateway import Gateway
 from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.topology import Network, Site
+from ipsecq.numbers import SaState
 from ipsecq.pfkey.client import PfkeyClient
 from ipsecq.pfkey.constants import MessageType
+from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import LifetimeExt
 
 SECRET: Final = "mekmitasdigoat"  # noqa: S105  # the lab's, known to all
@@ -130,22 +133,28 @@ def hasten(gateway: Gateway) -> None:
     """Bring the soft limit of every SA of a gateway to now, as SADB_UPDATE may: iked is asked to replace them."""
     with PfkeyClient.connect(gateway.directory / "run" / "pfkey") as client:
         for record in list(client.dump()):
+            if record.sa is None or record.sa.state != SaState.MATURE:
+                continue
             record.type, record.seq, record.pid = MessageType.UPDATE, 0, 0
             record.lifetime_soft = LifetimeExt(0, 0, 1, 0)
             record.lifetime_hard = LifetimeExt(0, 0, 3600, 0)
             record.lifetime_current = None
-            client.request(record)
+            try:
+                client.request(record)
+            except PfkeyError as error:
+                if error.errno != errno.ESRCH:  # it has gone meanwhile
+                    raise
 
 
 def start_pair(
-    network: Network, *, workers: int = 2, wait: bool = True, nat: bool = False, **words: Any
+    network: Network, *, workers: int = 2, daemon: str = "", wait: bool = True, nat: bool = False, **words: Any
 ) -> tuple[tuple[Gateway, Gateway], tuple[Iked, Iked]]:
     """Both gateways without a word about IPsec in their files, an iked on each; one is active, two waits.
 
-    ``nat``: site one is behind a NAT, so that two does not know its address.
-    With ``wait`` it returns when an SA each way is there at both ends.
+    ``daemon``: more lines of this table, for both gateways.  ``nat``: site one is behind a NAT, so that two does not
+    know its address.  With ``wait`` it returns when an SA each way is there at both ends.
     """
-    gateways = [Gateway(site.gateway, "", workers=workers) for site in network.sites]
+    gateways = [Gateway(site.gateway, "", workers=workers, daemon=daemon) for site in network.sites]
     for gateway in gateways:
         gateway.start()
     one, two = network.sites

@@ -24,6 +24,8 @@ FAR_HOST: Final = {4: "10.2.0.2", 6: "fd00:2::2"}
 NEAR_OUTER: Final = {4: "192.0.2.1", 6: "2001:db8:a::1"}
 FAR_OUTER: Final = {4: "192.0.2.2", 6: "2001:db8:a::2"}
 NEAR_LAN: Final = {4: "10.1.0.0/24", 6: "fd00:1::/64"}
+WAITS: Final = (1, 5)
+"""Seconds to wait for an echo, first and second try."""
 FAR_LAN: Final = {4: "10.2.0.0/24", 6: "fd00:2::/64"}
 
 
@@ -89,16 +91,17 @@ class Bench:
         """
         space, _ = self.near(cell)
         far = self.far(cell)
-        return [size for size in sizes if not any(ping(space, far, count=1, size=size, wait=1) for _ in range(2))]
+        return [size for size in sizes if not any(ping(space, far, count=1, size=size, wait=wait) for wait in WAITS)]
 
     def ping_from_there(self, cell: Cell, sizes: tuple[int, ...]) -> list[int]:
         """Sizes whose echo did not come back, asked from the kernel's side."""
         _, target = self.near(cell)
-        argv = ("ping", "-n", "-q", "-c", "1", "-W", "1", "-I", self.far(cell))
-        return [
-            size for size in sizes
-            if all(self.peer.run(*argv, "-s", str(size), target, check=False, timeout=20).rc for _ in range(2))
-        ]  # fmt: skip
+        argv = ("ping", "-n", "-q", "-c", "1", "-I", self.far(cell))
+
+        def lost(size: int, wait: int) -> bool:
+            return self.peer.run(*argv, "-W", str(wait), "-s", str(size), target, check=False, timeout=20).rc != 0
+
+        return [size for size in sizes if all(lost(size, wait) for wait in WAITS)]
 
     def tcp_to_there(self, cell: Cell, octets: int) -> bool:
         """Send to the kernel's side; True when both ends have the same digest."""

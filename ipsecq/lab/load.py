@@ -21,6 +21,9 @@ from ipsecq.lab.traffic import MARKER, family, tcp
 
 _NUMBER: Final = struct.Struct("!Q")
 DIGEST: Final = 16
+SO_RCVBUFFORCE: Final = 33
+LAST_SECONDS: Final = 3.0
+"""How long the last datagrams may be under way."""
 PATIENCE: Final = 180.0
 """Longest pause of a TCP transfer: a sender's own pauses between tries double to two minutes."""
 RTO_MAX: Final = "net/ipv4/tcp_rto_max_ms"
@@ -88,8 +91,10 @@ class Datagrams:
         self._secret = secrets.token_bytes(16)
         self._rate = rate
         self._seen: set[int] = set()
-        self._stop = threading.Event()
+        self._stop, self._all_sent = threading.Event(), threading.Event()
         self._sink = server.socket(family(address), socket.SOCK_DGRAM)
+        # A burst after somebody's pause is not to be lost here.
+        self._sink.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
         self._sink.bind((address, port))
         self._sink.settimeout(0.1)
         self._source = client.socket(family(address), socket.SOCK_DGRAM)
@@ -105,8 +110,13 @@ class Datagrams:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._threads[0].join()
+        # What is on its way may still arrive.
+        last = time.monotonic() + LAST_SECONDS
+        while self.received < self.sent and time.monotonic() < last:
+            time.sleep(0.01)
+        self._all_sent.set()
+        self._threads[1].join()
         self._sink.close()
         self._source.close()
 
@@ -122,7 +132,7 @@ class Datagrams:
             with contextlib.suppress(OSError):  # an ICMP error for an earlier one
                 self._source.send(self._content(self.sent))
             self.sent += 1
-            due += 1 / self._rate
+            due = max(due + 1 / self._rate, time.monotonic() - 0.05)  # after a pause, no burst of all that was left out
             time.sleep(max(0.0, due - time.monotonic()))
 
     def _receive(self) -> None:
@@ -130,7 +140,7 @@ class Datagrams:
             try:
                 data = self._sink.recv(65536)
             except TimeoutError:
-                if self._stop.is_set():
+                if self._all_sent.is_set():
                     return
                 continue
             number = _NUMBER.unpack_from(data)[0] if len(data) >= _NUMBER.size else -1

@@ -243,7 +243,7 @@ class Mayhem:
         site = self.network.sites[self.gateways.index(gateway)]
         repairs = gateway.metric("ipsecq_ruleset_repairs_total")
         site.gateway.nft("flush ruleset\n" + firewall_text(site))
-        wait_for(lambda: gateway.metric("ipsecq_ruleset_repairs_total") > repairs, "the repair", 5.0)
+        wait_for(lambda: gateway.metric("ipsecq_ruleset_repairs_total") > repairs, "the repair", 20.0)
         return gateway
 
     # -- helpers -----------------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ QUIET_RATE: Final = 300.0
 QUIET_SHARE: Final = 0.95
 """Of them must arrive: the flow asks for a small part of its fair share, so it loses none to the flood."""
 ANSWER_SECONDS: Final = 1.0
-RECOVERY_SECONDS: Final = 1.0
+LATE: Final = 10
+"""One answer in so many may be late: the machine is as busy as it can be."""
+RECOVERY_SECONDS: Final = 3.0
 GROWTH_MIB: Final = 64
 """Memory that one process may take more than before: buffers and queues that are full."""
 _LANES: Final = 4
@@ -57,9 +59,9 @@ class Report:
     alone: float = 0.0
     """What of the quiet flow arrives without a flood."""
     quiet: float = 0.0
-    status: float = 0.0
-    """Worst time of an answer in seconds."""
-    metrics: float = 0.0
+    status: list[float] = field(default_factory=list)
+    """Times of answers in seconds."""
+    metrics: list[float] = field(default_factory=list)
     recovery: float = 0.0
     memory: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Process → (before, most) in MiB."""
@@ -80,9 +82,9 @@ class Report:
                 found.append(f"the quiet flow got {share:.1%} of its datagrams through beside {beside}")
         if self.refused == 0:
             found.append("no forged packet was refused: they did not arrive")
-        for what, seconds in (("status", self.status), ("/metrics", self.metrics)):
-            if seconds > ANSWER_SECONDS:
-                found.append(f"{what} took {seconds:.2f} s")
+        for what, times in (("status", self.status), ("/metrics", self.metrics)):
+            if usually(times) > ANSWER_SECONDS or max(times) > 10 * ANSWER_SECONDS:
+                found.append(f"{what} took {usually(times):.2f} s and more, {max(times):.2f} s at most")
         if self.recovery > RECOVERY_SECONDS:
             found.append(f"the flooded SA served again only after {self.recovery:.2f} s")
         for process, (before, most) in self.memory.items():
@@ -101,7 +103,7 @@ class Report:
             f"quiet flow: {self.quiet:.1%} arrived in the flood, {self.alone:.1%} without",
             f"forged ESP under the flooded SA's SPI: {self.forged:.0f} thousand a second, {self.refused:.0f} of them looked "
             f"at and refused, the others dropped by its lane; quiet flow: {self.quiet_forged:.1%} arrived",
-            f"worst answer: status {1e3 * self.status:.0f} ms, /metrics {1e3 * self.metrics:.0f} ms",
+            f"answers (nine of ten, worst): status {_range(self.status)} ms, /metrics {_range(self.metrics)} ms",
             f"flooded SA serves again after {1e3 * self.recovery:.0f} ms",
             *(f"memory of {name}: {before:.0f} MiB, at most {most:.0f}" for name, (before, most) in self.memory.items()),
         ]
@@ -117,6 +119,7 @@ class Overload:
 
     def __init__(self, lab: Lab, seconds: float, senders: int = 2) -> None:
         self.report, self._senders = Report(seconds), senders
+        self._flood_ended = 0.0
         self.network: Network = build(lab)
         address(self.network.two.host, "eth0", "10.2.0.3/24")
         self._add = [
@@ -160,8 +163,8 @@ class Overload:
         report, (one, two) = self.report, self.network.sites
         for gateway in self.gateways:
             gateway.start()
-        wait_for(lambda: ping(one.host, "10.2.0.3", count=1), "the quiet flow")
-        wait_for(lambda: ping(one.host, two.host4, count=1), "the other one")
+        wait_for(lambda: ping(one.host, "10.2.0.3", count=1, wait=1), "the quiet flow")
+        wait_for(lambda: ping(one.host, two.host4, count=1, wait=1), "the other one")
         with Datagrams(one.host, two.host, "10.2.0.3", 6000, QUIET_RATE) as alone:
             time.sleep(min(3.0, report.seconds))
         report.alone = alone.received / alone.sent
@@ -178,10 +181,10 @@ class Overload:
                 for name, pid in processes.items():
                     most[name] = max(most[name], resident(pid))
                 time.sleep(0.2)
-            ended = time.monotonic()
             wait_for(lambda: ping(one.host, two.host4, count=1, wait=0.2), "the flooded SA", 30.0, every=0.01)
-            report.recovery = time.monotonic() - ended
+            answered = time.monotonic()
             flood.join()
+            report.recovery = max(0.0, answered - self._flood_ended)
         report.quiet = quiet.received / quiet.sent
         report.capacity, report.offered = rates[0]
         self._forge()
@@ -204,6 +207,7 @@ class Overload:
             argv = (sys.executable, "-m", "ipsecq.lab.forge", "eth0", str(seconds), frame.hex())
             with ThreadPoolExecutor(self._senders) as pool:
                 done = list(pool.map(lambda _: one.host.run(*argv, timeout=seconds + 30), range(self._senders)))
+            self._flood_ended = time.monotonic()
             sent = sum(int(each.stdout) for each in done)
             return sink.arrived() / seconds / 1e3, sent / seconds / 1e3
 
@@ -211,7 +215,7 @@ class Overload:
         """Packets under the SPI of the flooded SA, ahead of its window, with a wrong ICV: each costs an authentication."""
         report, (one, two) = self.report, self.network.sites
         with Capture(one.gateway, "wan", expression="esp") as wire:
-            ping(one.host, two.host4, count=1)
+            wait_for(lambda: ping(one.host, two.host4, count=1), "the flooded SA")
             wire.settle()
         frame = next(frame for frame in wire.frames() if frame.esp and frame.dst == two.wan4)
         data = bytearray(frame.data)
@@ -241,8 +245,17 @@ class Overload:
             gateway.status()
             asked = time.monotonic()
             gateway.metrics_text()
-            self.report.status = max(self.report.status, asked - began)
-            self.report.metrics = max(self.report.metrics, time.monotonic() - asked)
+            self.report.status.append(asked - began)
+            self.report.metrics.append(time.monotonic() - asked)
+
+
+def usually(times: list[float]) -> float:
+    """What all but one of :data:`LATE` took at most."""
+    return sorted(times)[-1 - len(times) // LATE]
+
+
+def _range(times: list[float]) -> str:
+    return f"{1e3 * usually(times):.0f}, {1e3 * max(times):.0f}"
 
 
 def resident(pid: int) -> float:

@@ -56,11 +56,12 @@ def family(address: str) -> socket.AddressFamily:
 
 def tcp(
     client: Namespace, server: Namespace, address: str, octets: int, *, port: int = 5001, timeout: float = 60.0,
-    reverse: bool = False, source: str | None = None, pace: int = 0,
+    reverse: bool = False, source: str | None = None, pace: int = 0, window: int = 0,
 ) -> Transfer:  # fmt: skip
     """Send ``octets`` from client to server (``reverse``: the other way) and compare SHA-256 digests at the end.
 
-    ``pace``: octets a second at most.  Raises LabError when nothing arrives for ``timeout`` seconds.
+    ``pace``: octets a second at most.  ``window``: octets under way at most, as SO_RCVBUF counts them.  Raises LabError
+    when nothing arrives for ``timeout`` seconds.
     """
     data = block(1 << 20)
     result: list[tuple[int, bytes, float]] = []
@@ -68,6 +69,10 @@ def tcp(
     listener = server.socket(family(address), socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.settimeout(timeout)
+    connection = client.socket(family(address), socket.SOCK_STREAM)
+    if window:
+        for each in (listener, connection):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
     listener.bind((address, port))
     listener.listen(1)
 
@@ -94,7 +99,6 @@ def tcp(
         except BaseException as error:  # handed on below
             failure.append(error)
 
-    connection = client.socket(family(address), socket.SOCK_STREAM)
     try:
         connection.settimeout(timeout)
         if source:
@@ -134,7 +138,7 @@ class UdpEchoes:
 
 
 def udp_echo(
-    client: Namespace, server: Namespace, address: str, sizes: Iterable[int], *, port: int = 5002, timeout: float = 2.0
+    client: Namespace, server: Namespace, address: str, sizes: Iterable[int], *, port: int = 5002, timeout: float = 5.0
 ) -> UdpEchoes:
     """Send one datagram of each size (0 to 65507 octets), have it echoed, compare."""
     outcome = UdpEchoes()
@@ -159,15 +163,17 @@ def udp_echo(
         with client.socket(family(address), socket.SOCK_DGRAM) as probe:
             probe.settimeout(timeout)
             probe.connect((address, port))
+            earlier: set[bytes] = set()
             for size in sizes:
                 data = block(size)
                 try:
                     probe.send(data)
                     answer = probe.recv(65536)
-                    while len(answer) != size:  # a late answer to an earlier probe
+                    while answer != data and answer in earlier:  # late
                         answer = probe.recv(65536)
                 except OSError:
                     outcome.lost.append(size)
+                    earlier.add(data)
                     continue
                 (outcome.returned if answer == data else outcome.damaged).append(size)
     finally:
@@ -184,7 +190,7 @@ _ECHO: Final = struct.Struct("!BBHHH")
 
 def ping(
     space: Namespace, address: str, *, count: int = 3, size: int = 56, source: str | None = None, df: bool = False,
-    wait: float = 1.0,
+    wait: float = 5.0,
 ) -> int:  # fmt: skip
     """Send ``count`` echo requests of ``size`` octets in quick succession; how many were answered, each in ``wait`` seconds.
 

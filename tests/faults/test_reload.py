@@ -4,6 +4,7 @@ import pytest
 from flow import Flow
 
 from ipsecq.lab.gateway import Tunnel
+from ipsecq.lab.netns import wait_for
 from ipsecq.lab.traffic import ping
 
 pytestmark = pytest.mark.root
@@ -64,8 +65,8 @@ def test_a_reload_that_takes_a_tunnel_away_ends_it_and_leaves_the_other(make_wor
         for gateway, site in zip(world.gateways, world.network.sites, strict=True):
             gateway.policy.write_text(fewer.setkey(site))
             gateway.reload()  # SIGHUP
+        wait_for(lambda: [gateway.status()["sa_count"] for gateway in world.gateways] == [2, 2], "the reloads", 20)
         flow.goes_on(60)
-        assert [gateway.status()["sa_count"] for gateway in world.gateways] == [2, 2]
     assert flow.received == flow.sent
 
 

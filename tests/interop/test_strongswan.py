@@ -1,9 +1,9 @@
 """iked on ipsecq with strongSwan on the Linux kernel's IPsec: other daemon, other stack."""
 
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+from flow import Flow
 
 from ipsecq.lab import charon, iked
 from ipsecq.lab.capture import in_clear, repeated_sequence_numbers
@@ -81,7 +81,7 @@ def spis(world):
 def check_traffic(world):
     bench, version = world.bench, world.version
     assert ping(bench.host, FAR_HOST[version], count=5, wait=5) == 5
-    argv = ("ping", "-n", "-q", "-c", "5", "-i", "0.2", "-I", FAR_HOST[version], NEAR_HOST[version])
+    argv = ("ping", "-n", "-q", "-c", "5", "-l", "5", "-i", "5", "-I", FAR_HOST[version], NEAR_HOST[version])
     assert " 0% packet loss" in bench.peer.run(*argv).out
     ends = SimpleNamespace(mode="tunnel", inner=version, outer=version)
     assert bench.tcp_to_there(ends, 1_000_000)
@@ -93,8 +93,7 @@ def check_rekeys(world):
     """One after the other replaces the child SA while packets go to and fro; none is lost."""
     bench, version = world.bench, world.version
     first = spis(world)
-    with ThreadPoolExecutor() as pool, bench.capture() as wire:
-        answers = pool.submit(ping, bench.host, FAR_HOST[version], count=120)
+    with bench.capture() as wire, Flow(bench.host, FAR_HOST[version], interval=0.05) as flow:
         world.there.rekey()
         wait_for(lambda: len(spis(world) - first) >= 2, "charon's new SAs", 10, every=0.1)
         wait_for(lambda: not spis(world) & first, "charon's delete of the old ones", 10, every=0.1)
@@ -102,9 +101,7 @@ def check_rekeys(world):
         iked.hasten(bench.gateway)
         wait_for(lambda: len(spis(world) - second) >= 2, "iked's new SAs", 10, every=0.1)
         wait_for(lambda: not spis(world) & second, "iked's delete of the old ones", 10, every=0.1)
-        assert not answers.done()
-        assert answers.result() == 120
-        wire.settle()
+    assert flow.received == flow.sent > 50
     frames = wire.frames()
     assert in_clear(frames, NEAR_LAN[version], FAR_LAN[version]) == []
     assert repeated_sequence_numbers(frames) == []
@@ -117,8 +114,8 @@ def test_charon_begins_with_certificates_both_replace_the_child_sa_and_a_delete_
     check_traffic(w)
     check_rekeys(w)
     w.there.swanctl("--terminate", "--ike", "gw")
-    wait_for(lambda: not w.bench.gateway.status()["sas"], "no SA left here", 5)
-    assert w.there.states() == set()
+    wait_for(lambda: not w.bench.gateway.status()["sas"], "no SA left here", 20)
+    wait_for(lambda: w.there.states() == set(), "no SA left there", 20)
 
 
 def test_iked_begins_with_a_key_over_ipv6_and_a_delete_from_here_ends_it(world):
@@ -126,5 +123,5 @@ def test_iked_begins_with_a_key_over_ipv6_and_a_delete_from_here_ends_it(world):
     check_traffic(w)
     old = w.there.states()
     w.here.ctl("reset", "id", "FQDN/gw2")
-    wait_for(lambda: not w.there.states() & old, "the old SAs to go there", 5, every=0.1)
-    assert not spis(w) & old
+    wait_for(lambda: not w.there.states() & old, "the old SAs to go there", 20, every=0.1)
+    wait_for(lambda: not spis(w) & old, "the old SAs to go here", 20)
