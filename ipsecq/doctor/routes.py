@@ -146,7 +146,9 @@ def _headers(peer: bytes) -> int:
 
 
 def _ping(address: str, source: str, size: int) -> bool:
-    argv = ["ping", "-n", "-q", "-c", "1", "-W", str(PROBE_SECONDS), "-M", "do", "-s", str(size), "-I", source, address]
+    # Two: one lost packet is no black hole, and a ping that was late itself gives up before it reads its only answer.
+    argv = ["ping", "-n", "-q", "-c", "2", "-i", "0.2", "-W", str(PROBE_SECONDS), "-M", "do", "-s", str(size)]
+    argv += ["-I", source, address]
     return subprocess.run(argv, capture_output=True, check=False, timeout=10).returncode == 0
 
 

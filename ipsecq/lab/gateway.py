@@ -237,7 +237,9 @@ level = "info"
 
 
 def kill_process(pid: int) -> None:
-    """SIGKILL to one process: a worker of ours."""
+    """SIGKILL to one process: a worker of ours.  LabError for one that is between two lives."""
+    if pid <= 0:
+        raise LabError("the worker has no process just now")
     os.kill(pid, signal.SIGKILL)
 
 

@@ -397,10 +397,10 @@ def test_other_system_calls_cost_next_to_nothing(server, probe):
         subprocess.run(words, check=True)
         return time.monotonic() - started
 
-    base = min(seconds(command(server.path, probe, "exit", "0")) for _ in range(3))
-    alone = min(seconds([probe, "calls"]) for _ in range(3))
-    served = min(seconds(command(server.path, probe, "calls")) for _ in range(3)) - base
-    assert served < 2 * alone + 0.2
+    words = command(server.path, probe, "exit", "0"), [probe, "calls"], command(server.path, probe, "calls")
+    # In turns, so that what slows the machine down for a while slows down all three.
+    base, alone, served = map(min, zip(*(map(seconds, words) for _ in range(5)), strict=True))
+    assert served - base < 2 * alone + 0.2
 
 
 @pytest.mark.parametrize("machine", sorted(ARCHITECTURES))

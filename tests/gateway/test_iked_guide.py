@@ -55,10 +55,10 @@ def test_site_to_site_with_a_key_and_a_restart_of_each_part(world):
     one = iked.Iked(gateways[0], block("/etc/iked.conf on gw1", section)).start()
     established(gateways)
 
-    def crosses():
-        return ping(network.one.host, network.two.host4, count=3, wait=0.5) == 3
+    def crosses(wait=5.0):
+        return ping(network.one.host, network.two.host4, count=3, wait=wait) == 3
 
-    assert crosses()
+    wait_for(lambda: crosses(0.5), "the rules at both ends", 10)
     before = gateways[0].status()["sas"]
     one.ctl("reload")
     two.ctl("reload")
@@ -67,13 +67,13 @@ def test_site_to_site_with_a_key_and_a_restart_of_each_part(world):
 
     one.stop()
     one.start()
-    wait_for(crosses, "a tunnel after iked's restart", 20)
+    wait_for(lambda: crosses(0.5), "a tunnel after iked's restart", 20)
 
     gateways[0].stop()
     wait_for(lambda: one.process.poll() is not None, "the end of iked, whose daemon has gone", 5)
     gateways[0].start()
     one.start()
-    wait_for(crosses, "a tunnel after the daemon's restart", 20)
+    wait_for(lambda: crosses(0.5), "a tunnel after the daemon's restart", 20)
     established(gateways)
 
 
@@ -101,7 +101,9 @@ def test_road_warrior_with_certificates_behind_nat(world, tmp_path):
         lambda: re.search(r"inet (10\.9\.0\.\d+)", network.one.gateway.run("ip", "addr", "show", "vpn0").stdout),
         "the laptop's address", 5,
     )[1]  # fmt: skip
-    assert ping(network.one.gateway, network.two.host4, source=address, wait=5) == 3
+    laptop, server = network.one.gateway, network.two.host4
+    wait_for(lambda: ping(laptop, server, source=address, count=1, wait=1) == 1, "the rules at both ends", 10)
+    assert ping(laptop, server, source=address) == 3
     assert all(sa["natt"] for gateway in gateways for sa in iked.sas(gateway))
 
 
@@ -122,7 +124,7 @@ def test_two_blocks_for_the_same_networks_share_their_flows_and_neither_end_fall
             for site in (two, one)
         ]
         wait_for(lambda: all(len(iked.sas(gateway)) == 4 for gateway in gateways), "two SAs each way at both ends", 20)
-        wait_for(lambda: ping(one.host, two.host4, count=1) == 1, "the rules at both ends", 10)
+        wait_for(lambda: ping(one.host, two.host4, count=1, wait=1) == 1, "the rules at both ends", 10)
         for port in range(24):
             with one.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
                 sender.bind((one.host4, 20000 + port))
