@@ -93,7 +93,7 @@ def check_rekeys(world):
     """One after the other replaces the child SA while packets go to and fro; none is lost."""
     bench, version = world.bench, world.version
     first = spis(world)
-    with bench.capture() as wire, Flow(bench.host, FAR_HOST[version], interval=0.05) as flow:
+    with bench.capture() as wire, Flow(bench.host, FAR_HOST[version], interval=0.02) as flow:
         world.there.rekey()
         wait_for(lambda: len(spis(world) - first) >= 2, "charon's new SAs", 10, every=0.1)
         wait_for(lambda: not spis(world) & first, "charon's delete of the old ones", 10, every=0.1)
@@ -101,7 +101,7 @@ def check_rekeys(world):
         iked.hasten(bench.gateway)
         wait_for(lambda: len(spis(world) - second) >= 2, "iked's new SAs", 10, every=0.1)
         wait_for(lambda: not spis(world) & second, "iked's delete of the old ones", 10, every=0.1)
-    assert flow.received == flow.sent > 50
+    assert flow.received == flow.sent > 20
     frames = wire.frames()
     assert in_clear(frames, NEAR_LAN[version], FAR_LAN[version]) == []
     assert repeated_sequence_numbers(frames) == []
