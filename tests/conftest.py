@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,16 +14,24 @@ from hypothesis import settings
 from ipsecq.lab import uml
 
 DEFAULT_SECONDS = 120
+STALLS = Path(__file__).parent / "helpers" / "stalls.py"
 
 # How long an example takes says something about the machine's other work, not about us.
 settings.register_profile("ipsecq", deadline=None)
 settings.load_profile("ipsecq")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--stalls", type=int, metavar="SEED", help="stop processes of the run, two seconds each: stalls.py")
+
+
 def pytest_configure(config):
     # A shell that starts us in the background has SIGINT ignored, and everything that we start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "seconds(n): time limit of this test, fixtures included (default 120)")
+    if (seed := config.getoption("--stalls")) is not None:
+        argv = [sys.executable, STALLS, str(os.getpid()), str(seed), config.rootpath / "build" / "stalls.log"]
+        config.add_cleanup(subprocess.Popen(argv).terminate)
 
 
 def pytest_collection_modifyitems(items):
