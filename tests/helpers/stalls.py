@@ -32,14 +32,21 @@ def processes():
 
 
 def below(root, table):
-    """Descendants of ``root`` that wait or run, but for this process."""
+    """Descendants of ``root`` that wait or run, but for this process and those that somebody traces (UML's own)."""
     found, waiting = [], [root]
     while waiting:
         parent = waiting.pop()
         children = [pid for pid, each in table.items() if each[0] == parent and pid != os.getpid()]
         found += [pid for pid in children if table[pid][1] in "RS"]
         waiting += children
-    return found
+    return [pid for pid in found if not traced(pid)]
+
+
+def traced(pid):
+    """A signal to it is its tracer's."""
+    with contextlib.suppress(OSError):
+        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    return True
 
 
 def main(root, seed, log):
