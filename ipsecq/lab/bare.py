@@ -14,6 +14,7 @@ import time
 from typing import Final
 
 from ipsecq.counters import Counter, Fate
+from ipsecq.datapath.queue import SO_RCVBUFFORCE
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.inbound import Inbound
 from ipsecq.engine.outbound import Outbound
@@ -31,7 +32,6 @@ from ipsecq.setkey import apply, parser
 
 ETHERTYPE: Final = {4: b"\x08\x00", 6: b"\x86\xdd"}
 _ETH_P_ALL: Final = 3
-_SO_RCVBUFFORCE: Final = 33
 
 
 class BareGateway:
@@ -54,7 +54,7 @@ class BareGateway:
         self._emit = Emissions()
         space.sysctl(f"net/ipv6/conf/{device}/disable_ipv6", 1)  # not a word from the kernel of this side
         self._wire = space.socket(socket.AF_PACKET, socket.SOCK_RAW)
-        self._wire.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 22)
+        self._wire.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 22)
         self._wire.bind((device, _ETH_P_ALL))
         self._wire.setblocking(False)
         space.lab.on_close(self._wire.close)

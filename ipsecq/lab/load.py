@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
+from ipsecq.datapath.queue import SO_RCVBUFFORCE
 from ipsecq.lab.netns import LabError, Namespace, wait_for
 from ipsecq.lab.traffic import MARKER, family, tcp
 
 _NUMBER: Final = struct.Struct("!Q")
 DIGEST: Final = 16
-SO_RCVBUFFORCE: Final = 33
 LAST_SECONDS: Final = 3.0
 """How long the last datagrams may be under way."""
 PATIENCE: Final = 180.0

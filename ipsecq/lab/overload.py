@@ -42,7 +42,7 @@ QUIET_SHARE: Final = 0.95
 ANSWER_SECONDS: Final = 1.0
 LATE: Final = 10
 """One answer in so many may be late: the machine is as busy as it can be."""
-RECOVERY_SECONDS: Final = 3.0
+RECOVERY_SECONDS: Final = 1.0
 GROWTH_MIB: Final = 64
 """Memory that one process may take more than before: buffers and queues that are full."""
 _LANES: Final = 4

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from ipsecq.datapath.udp import IP_MTU_DISCOVER
 from ipsecq.lab.netns import LabError, Namespace
 from ipsecq.packet.checksum import ones_complement
 
@@ -20,7 +21,6 @@ MARKER: Final = b"ipsecq-lab-payload-in-clear!"
 """Stands in every block of the lab's payload: a capture that holds it holds clear text."""
 
 SO_MAX_PACING_RATE: Final = 47
-IP_MTU_DISCOVER: Final = 10
 IPV6_MTU_DISCOVER: Final = 23
 PMTUDISC_DO: Final = 2
 

@@ -40,7 +40,7 @@ def test_a_foreign_flush_of_the_ruleset_is_repaired_within_two_seconds_and_nothi
     assert "loaded again" in world.one.log.read_text()
     assert ping(one.host, two.host6) == 3
     # The machine may have kept one of the three waiting.
-    assert min(max(each) for each in times) < 2.0
+    assert sorted(max(each) for each in times)[1] < 2.0
     assert max(max(each) for each in times) < 10.0
 
 

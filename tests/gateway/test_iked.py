@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ipsecq.datapath.queue import SO_RCVBUFFORCE
 from ipsecq.lab import iked
 from ipsecq.lab.capture import Capture, in_clear, repeated_sequence_numbers
-from ipsecq.lab.load import SO_RCVBUFFORCE
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build, firewall
 from ipsecq.lab.traffic import MARKER, family, ping, tcp

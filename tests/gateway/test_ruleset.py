@@ -27,6 +27,7 @@ from scapy.packet import Raw
 
 from ipsecq.doctor.examination import examine
 from ipsecq.doctor.finding import Grade
+from ipsecq.lab import topology
 from ipsecq.lab.netns import Lab, Namespace, wait_for
 from ipsecq.lab.traffic import ping
 from ipsecq.netfilter.capabilities import detect
@@ -115,13 +116,10 @@ class Site:
             (self.left, "eth0", "10.1.0.2/24", "fd00:1::2/64"), (self.gw, "lan", "10.1.0.1/24", "fd00:1::1/64"),
             (self.gw, "wan", "10.2.0.1/24", "fd00:2::1/64"), (self.right, "eth0", "10.2.0.2/24", "fd00:2::2/64"),
         ):  # fmt: skip
-            for address in addresses:
-                space.run("ip", "addr", "add", address, "dev", device, *(["nodad"] if ":" in address else []))
+            topology.address(space, device, *addresses)
         for space, number in ((self.left, 1), (self.right, 2)):
-            space.run("ip", "route", "add", "default", "via", f"10.{number}.0.1")
-            space.run("ip", "-6", "route", "add", "default", "via", f"fd00:{number}::1")
-        self.gw.sysctl("net.ipv4.ip_forward", 1)
-        self.gw.sysctl("net.ipv6.conf.all.forwarding", 1)
+            topology.default_route(space, f"10.{number}.0.1", f"fd00:{number}::1")
+        topology.forward(self.gw)
         self.loader = Loader(SETTINGS)
         self.queues: Queues | None = None
 

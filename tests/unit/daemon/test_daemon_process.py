@@ -26,7 +26,7 @@ spdadd 10.1.0.1/32 10.2.0.0/16 any -P out ipsec esp/tunnel/192.0.2.1-192.0.2.2/r
 def gateway():
     with Lab() as lab:
         space = lab.namespace("gw")
-        for command in (
+        space.ip(
             "link set lo up",
             "link add v0 type veth peer name v1",
             "addr add 192.0.2.1/24 dev v0",
@@ -35,8 +35,7 @@ def gateway():
             "link set v1 up",
             "neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev v0",
             "route add default via 192.0.2.2",
-        ):
-            space.run("ip", *command.split())
+        )
         yield Gateway(space, SETKEY, workers=1)
 
 
