@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import late
 import pytest
 from hypothesis import settings
 
@@ -23,12 +24,15 @@ settings.load_profile("ipsecq")
 
 def pytest_addoption(parser):
     parser.addoption("--stalls", type=int, metavar="SEED", help="stop processes of the run, two seconds each: stalls.py")
+    parser.addoption("--late", choices=late.SIDES, help="make one side of every test late: tests/helpers/late.py")
 
 
 def pytest_configure(config):
     # A shell that starts us in the background has SIGINT ignored, and everything that we start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "seconds(n): time limit of this test, fixtures included (default 120)")
+    if side := config.getoption("--late"):
+        late.begin(side)
     if (seed := config.getoption("--stalls")) is not None:
         argv = [sys.executable, STALLS, str(os.getpid()), str(seed), config.rootpath / "build" / "stalls.log"]
         config.add_cleanup(subprocess.Popen(argv).terminate)

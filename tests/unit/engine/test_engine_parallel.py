@@ -17,13 +17,16 @@ from ipsecq.engine.explain import Flow
 from ipsecq.numbers import Mode, Protocol, SaState
 from ipsecq.packet.fragments import fragment
 from ipsecq.packet.view import PacketView
+from ipsecq.policy import setpolicy
 from ipsecq.policy.interface import Interface
+from ipsecq.policy.sockets import SocketPolicy, SocketRule
 from ipsecq.sa.association import SecurityAssociation
 from ipsecq.secret import Key
 
 A, B = "192.0.2.1", "192.0.2.2"
 INNER = {4: ("10.1.0.2", "10.2.0.2"), 6: ("fd01::2", "fd02::2")}
 LANS = {4: ("10.1.0.0/24", "10.2.0.0/24"), 6: ("fd01::/64", "fd02::/64")}
+ENDS = {4: (A, B), 6: ("2001:db8::1", "2001:db8::2")}
 REQID = 7
 SPIS = (0x1000, 0x1001, 0x1002, 0x1003)
 
@@ -186,6 +189,50 @@ def test_the_transforms_of_a_bundle_choose_each_among_their_own() -> None:
         used.add((int.from_bytes(wire[24:28], "big"), int.from_bytes(wire[48:52], "big")))
         assert right.receive(wire) == (Fate.DONE, [packet])
     assert used == {(outer, inner) for outer in (0x3000, 0x3001, 0x3002) for inner in SPIS}
+
+
+def between(number: int, family: int) -> list[bytes]:
+    """Flows between the ends of the SAs themselves."""
+    return [udp(*ENDS[family], b"%d" % n, sport=1024 + n, dport=2000) for n in range(number)]
+
+
+def host(spi: int, family: int) -> SecurityAssociation:
+    src, dst = map(address, ENDS[family])
+    return esp(spi, src=src, dst=dst, mode=Mode.TRANSPORT)
+
+
+@pytest.mark.parametrize("strict", [0, 1], ids=["any history", "check_policy_history"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_flows_in_transport_mode_share_too_and_the_far_end_takes_all(family: int, strict: int) -> None:
+    knobs = {"net.inet.ipsec.check_policy_history": strict}
+    sas, rules = [host(spi, family) for spi in SPIS], f"ipsec esp/transport//unique:{REQID}"
+    left = make_peer(sas, [policy("out", *ENDS[family], rules)], knobs)
+    right = make_peer(sas, [policy("in", *ENDS[family], rules)], knobs)
+    left.tables.parallel_sas = True
+    offset = 20 if family == 4 else 40
+    used = {}
+    for packet in between(100, family) * 2:
+        fate, (wire,) = left.send(packet)
+        assert fate == Fate.DONE
+        assert used.setdefault(packet, wire[offset : offset + 4]) == wire[offset : offset + 4]
+        assert right.receive(wire) == (Fate.DONE, [packet])
+    assert {int.from_bytes(spi, "big") for spi in used.values()} == set(SPIS)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_the_flows_of_sockets_with_a_policy_share_and_others_pass_in_clear(family: int) -> None:
+    left = make_peer([host(spi, family) for spi in SPIS], [])
+    left.tables.parallel_sas = True
+    rule = SocketRule(setpolicy.parse("out ipsec esp/transport//require"), privileged=True)
+    left.tables.spd.put_socket(SocketPolicy(1, None, rule))
+    offset = 20 if family == 4 else 40
+    used = set()
+    for packet in between(100, family):
+        fate, (wire,) = left.send(packet, mark=1)
+        assert fate == Fate.DONE
+        used.add(int.from_bytes(wire[offset : offset + 4], "big"))
+    assert used == set(SPIS)
+    assert left.send(between(1, family)[0]) == (Fate.PASS, [])
 
 
 def test_a_route_based_tunnel_has_several_too() -> None:

@@ -144,6 +144,7 @@ def test_a_group_member_gets_in_and_sees_no_keys_and_others_stay_out(path, make)
 def test_a_slow_reader_gets_a_whole_dump_while_others_go_on(path, make):
     count = 3000
     with Daemon(path) as daemon, PfkeyClient.connect(path) as slow, PfkeyClient.connect(path) as quick:
+        assert list(slow.dump()) == []  # who was answered is surely among the server's clients
         for number in range(count):
             daemon.database.add_sa(sa(number))
         slow_id = min(id_ for id_, *_ in daemon.sockets.clients)
