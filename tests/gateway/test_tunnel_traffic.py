@@ -1,5 +1,7 @@
 """Real traffic through two gateways: all of it arrives, and the wire shows ESP alone."""
 
+import os
+
 import pytest
 
 from ipsecq.lab.capture import Capture, in_clear, other_than_esp, repeated_sequence_numbers
@@ -54,6 +56,28 @@ def test_udp_of_every_kind_of_size_arrives(tunnel_net, version):
     frames = wire.frames()
     assert not wire.contains(MARKER)
     assert in_clear(frames, *lans(tunnel_net)) == []
+
+
+@VERSIONS
+def test_no_answer_is_ahead_of_connection_tracking(tunnel_net, version):
+    """Each ping is a connection of its own within one known flow; the firewall refuses an answer to what it hasn't seen.
+
+    All workers share a processor, on which the far ones go before the near ones: as soon as something was sent, the
+    answer is here.
+    """
+    one, two = tunnel_net.network.sites
+    everywhere = os.sched_getaffinity(0)
+    for gateway, nice in zip(tunnel_net.gateways, (19, 0), strict=True):
+        for pid in gateway.workers():
+            os.sched_setaffinity(pid, {min(everywhere)})
+            os.setpriority(os.PRIO_PROCESS, pid, nice)
+    try:
+        assert sum(ping(one.host, two.host_address(version), count=1, wait=1.0) for _ in range(100)) == 100
+    finally:
+        for gateway in tunnel_net.gateways:
+            for pid in gateway.workers():
+                os.sched_setaffinity(pid, everywhere)
+                os.setpriority(os.PRIO_PROCESS, pid, 0)
 
 
 @VERSIONS
