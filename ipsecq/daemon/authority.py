@@ -420,7 +420,8 @@ class Authority:
             for policy in undo.before
             if policy.label.startswith(PFKEY_LABEL) and (policy.direction, policy.selector) not in mine
         ]
-        self._policies_become([*others, *files])
+        # As after a start: the files first, and what key management added since behind them.
+        self._policies_become([*files, *others])
         undo.after = self.spd.dump()
         for name, value in sysctl.items():
             if self.sysctl.get(name) != value:

@@ -188,9 +188,10 @@ level = "info"
             raise LabError("not started")
         self.process.send_signal(signal.SIGHUP)
 
-    def command(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def command(self, *argv: str, check: bool = True, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run ``ipsecq ARGV --config …`` next to the daemon."""
-        return self.space.run(sys.executable, "-m", "ipsecq", *argv, "--config", str(self.config), check=check)
+        line = (sys.executable, "-m", "ipsecq", *argv, "--config", str(self.config))
+        return self.space.run(*line, check=check, stdin=stdin)
 
     def status(self) -> Any:
         """What ``ipsecq status --json`` prints, asked over the control socket."""

@@ -3,18 +3,21 @@
 For each direction and family there is a list of groups; a packet meets them in order and the first hit decides.  A
 group is a hash map of boxes of one shape (disjoint, so order does not matter inside) or a chain of rules in SPD order.
 Placing a box means: after every group that holds an overlapping policy before it in the SPD, and before every
-group with an overlapping policy after it.  So many disjoint policies are one map, however they are mixed in the SPD,
-and the kernel's work for a packet grows with the number of shapes, not of policies.
+group with an overlapping policy after it; where no such place is, what comes after it moves behind it.  So many disjoint
+policies are one map, however they are mixed in the SPD, and the kernel's work for a packet grows with the number of
+shapes (and of the first few priorities), not of policies.
 
-Adding or removing a policy costs O(groups) look-ups and gives O(1) set commands.
+Adding or removing a policy costs O(groups) look-ups and gives O(1) set commands, but for what has to move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
+from ipsecq.netfilter import ranks
 from ipsecq.netfilter.boxes import Box, Shape, boxes, pieces
 from ipsecq.netfilter.socketmaps import SocketPlan
 from ipsecq.netfilter.verdicts import verdict_of
@@ -23,17 +26,15 @@ from ipsecq.policy.model import Policy
 from ipsecq.sysctl import Sysctl
 
 _MAX_COMMENT: Final = 100
+_MAPS: Final = 4
+"""Maps of one shape that are made for a priority each, so that a policy between two priorities finds its place."""
 _PLAIN: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ./:_-+,@=[]()#")
-
-
-class Rebuild(Exception):  # noqa: N818 - a signal inside this module
-    """No place between the groups: the direction's groups have to be planned anew."""
 
 
 class Item(NamedTuple):
     """One box of one policy.  ``shape`` is None when the box must be a rule."""
 
-    order: tuple[int, int]
+    order: int
     policy: Policy
     box: Box
     cover: Shape
@@ -47,7 +48,9 @@ class Group:
 
     name: str
     shape: Shape | None
-    items: dict[tuple[tuple[int, int], Box], Item] = field(default_factory=dict)
+    priority: int
+    """Of the policy that it was made for; from then on others may be in it, too."""
+    items: dict[tuple[int, Box], Item] = field(default_factory=dict)
     indexes: dict[tuple[int, int], dict[tuple[int, int], dict[Box, Item]]] = field(default_factory=dict)
     """Prefix lengths (source, destination) → truncated addresses → items; made when first asked for."""
     added: dict[Box, Item] = field(default_factory=dict)
@@ -107,36 +110,30 @@ class Side:
         self.prefix = f"{'in' if direction == Direction.IN else 'out'}_ipv{family}"
         self.chain = f"policy_{self.prefix}"
         self.groups: list[Group] = []
+        self.homes: dict[tuple[int, Box], Group] = {}
+        """Where each item is."""
         self.retired: list[Group] = []
         self.order_changed = False
         self._serial = 0
 
-    def place(self, item: Item) -> Group:
-        """Put an item where the SPD's order is kept; Rebuild when there is no such place."""
-        low, high = -1, len(self.groups)
-        for position, group in enumerate(self.groups):
-            for other in group.overlapping(item, self.bits):
-                if other.order <= item.order:
-                    low = position
-                else:
-                    high = min(high, position)
-        if low > high:
-            raise Rebuild
-        if item.shape is not None:
-            for group in self.groups[low + 1 : high]:
-                if group.shape == item.shape:
-                    return self._put(group, item)
-            if low < high:
-                return self._put(self._insert(high, item.shape), item)
-        for group in self.groups[max(low, 0) : high + 1]:
-            if group.shape is None:
-                return self._put(group, item)
-        if low == high:
-            raise Rebuild
-        return self._put(self._insert(high, None), item)
+    def place(self, item: Item) -> None:
+        """Put an item where the SPD's order is kept; what comes after it there and stands before it moves behind it."""
+        waiting = [(item.order, 0, item)]
+        count = 0
+        while waiting:  # in SPD order, so nothing moves twice
+            item = heappop(waiting)[2]
+            low, high, late = self._bounds(item)
+            if late:
+                for other in late:
+                    self.take(other)
+                    count += 1
+                    heappush(waiting, (other.order, count, other))
+                low, high, _ = self._bounds(item)
+            self._put(self._group(item, low, high), item)
 
-    def take(self, group: Group, item: Item) -> None:
+    def take(self, item: Item) -> None:
         """Remove an item; an empty group goes."""
+        group = self.homes.pop((item.order, item.box))
         group.take(item, self.bits)
         if not group.items:
             self.groups.remove(group)
@@ -144,20 +141,52 @@ class Side:
             if not group.fresh:
                 self.retired.append(group)
 
-    def clear(self) -> None:
-        """Retire all groups."""
-        self.retired.extend(group for group in self.groups if not group.fresh)
-        self.groups.clear()
-        self.order_changed = True
+    def _bounds(self, item: Item) -> tuple[int, int, list[Item]]:
+        """Last position with an overlapping item before this one, first with one after it, and those that stand too early.
 
-    def _put(self, group: Group, item: Item) -> Group:
+        Too early is before the last position, or in it when it is a map: a chain of rules has its own order.
+        """
+        low, high = -1, len(self.groups)
+        later: list[tuple[int, Item]] = []
+        for position, group in enumerate(self.groups):
+            for other in group.overlapping(item, self.bits):
+                if other.order <= item.order:
+                    low = position
+                else:
+                    high = min(high, position)
+                    later.append((position, other))
+        if high > low:
+            return low, high, []
+        edge = low if self.groups[low].shape is None else low + 1
+        return low, high, [other for position, other in later if position < edge]
+
+    def _group(self, item: Item, low: int, high: int) -> Group:
+        """The group between (for a rule: or at) two positions that takes an item, made if there is none."""
+        between = self.groups[low + 1 : high]
+        if item.shape is not None and low < high:
+            alike = [group for group in between if group.shape == item.shape]
+            before = [group for group in alike if group.priority <= item.policy.priority]
+            if before and before[-1].priority == item.policy.priority:
+                return before[-1]
+            if alike and sum(group.shape == item.shape for group in self.groups) >= _MAPS:
+                return before[-1] if before else alike[0]
+            return self._insert(item, low, high, item.shape)
+        for group in self.groups[max(low, 0) : high + 1]:
+            if group.shape is None:
+                return group
+        return self._insert(item, low, high, None)
+
+    def _put(self, group: Group, item: Item) -> None:
         group.put(item, self.bits)
-        return group
+        self.homes[item.order, item.box] = group
 
-    def _insert(self, position: int, shape: Shape | None) -> Group:
+    def _insert(self, item: Item, low: int, high: int, shape: Shape | None) -> Group:
+        """A new group behind ``low`` and before ``high``, and within these bounds by priority."""
+        priority = item.policy.priority
+        behind = (at for at in range(low + 1, high) if self.groups[at].priority > priority)
         self._serial += 1
-        group = Group(f"{self.prefix}_{'rules' if shape is None else 'map'}_{self._serial}", shape)
-        self.groups.insert(position, group)
+        group = Group(f"{self.prefix}_{'rules' if shape is None else 'map'}_{self._serial}", shape, priority)
+        self.groups.insert(next(behind, high), group)
         self.order_changed = True
         return group
 
@@ -212,11 +241,21 @@ class Side:
             yield f"add element inet {table} {group.name} {{\n{keys}\n}}"
 
 
+@dataclass(slots=True)
+class Entry:
+    """A policy as the kernel has it; ``order`` grows with its place in the SPD."""
+
+    policy: Policy
+    verdict: str
+    order: int
+    items: list[Item] = field(default_factory=list)
+
+
 class Plan:
     """What the kernel holds of the SPD.  ``update`` gives the commands that make it hold another one.
 
-    Policies are in SPD order by (priority, id); ids are unique.  When a transaction built from ``update`` fails,
-    the plan no longer describes the kernel: drop it and start from a new one with a whole ruleset.
+    When a transaction built from ``update`` fails, the plan no longer describes the kernel: drop it and start from a
+    new one with a whole ruleset.
     """
 
     def __init__(
@@ -235,70 +274,77 @@ class Plan:
             for direction in (Direction.IN, Direction.OUT)
             for family in (4, 6)
         }
-        self._entries: dict[int, tuple[Policy, str, list[tuple[Group, Item]]]] = {}
+        self._entries: dict[int, Entry] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def update(self, policies: Iterable[Policy], sysctl: Sysctl) -> list[str]:
-        """Make the plan that of ``policies``; return the nft commands, empty when nothing changes.
+        """Make the plan that of ``policies``, in their order (:meth:`ipsecq.policy.spd.Spd.dump`); return the nft commands.
 
-        O(n) comparisons to find what changed, O(groups) for each change.  Raises ValueError when two policies have
-        one id.
+        No commands when nothing changes.  O(n) to find what changed (an identity test for most), O(groups) for each
+        change.  Raises ValueError when two policies have one id.
         """
+        settled = self.sysctl.all() == sysctl.all()  # then a verdict is what it was
         self.sysctl = Sysctl(sysctl.all())
-        wanted: dict[int, tuple[Policy, str]] = {}
+        wanted: dict[int, Policy] = {}
+        fresh: dict[int, str] = {}
         for position, policy in enumerate(policies):
             number = policy.id or -1 - position
             if number in wanted:
-                raise ValueError(f"two policies have id {number}: {wanted[number][0].label}, {policy.label}")
-            wanted[number] = policy, self._verdict(policy, sysctl, self.workers, self.lanes)
-        for number in [number for number, entry in self._entries.items() if wanted.get(number) != entry[:2]]:
+                raise ValueError(f"two policies have id {number}: {wanted[number].label}, {policy.label}")
+            wanted[number] = policy
+            entry = self._entries.get(number)
+            if entry is not None and entry.policy is policy and settled:
+                continue
+            verdict = self._verdict(policy, sysctl, self.workers, self.lanes)
+            if entry is None or entry.policy != policy or entry.verdict != verdict:
+                fresh[number] = verdict
+            else:
+                entry.policy = policy
+        for number in [number for number in self._entries if number not in wanted or number in fresh]:
             self._remove(number)
-        fresh = sorted(wanted.keys() - self._entries.keys(), key=lambda number: _order(wanted[number][0], number))
-        rebuild: set[Side] = set()
-        for number in fresh:
-            policy, verdict = wanted[number]
-            side = self.sides[policy.direction, policy.selector.family]
-            self._entries[number] = policy, verdict, []
-            if side not in rebuild:
-                try:
-                    self._place(side, number)
-                except Rebuild:
-                    rebuild.add(side)
-        for side in rebuild:
-            self._rebuild(side)
+        kept = {number: self._entries[number].order for number in wanted if number not in fresh}
+        for number in ranks.out_of_order(kept):
+            fresh[number] = self._remove(number).verdict
+            del kept[number]
+        try:
+            places = ranks.numbers(wanted, kept) if fresh else {}
+        except ranks.NoRoom:
+            fresh |= {number: self._remove(number).verdict for number in kept}
+            places = ranks.numbers(wanted, {})
+        for number, order in places.items():
+            self._add(Entry(wanted[number], fresh[number], order), number)
         return [command for side in self.sides.values() for command in side.commands(self.table)]
 
     def where(self, policy: int) -> list[str]:
         """Names of the maps and chains that hold a policy, for ``explain``."""
-        return sorted({group.name for group, _ in self._entries[policy][2]}) if policy in self._entries else []
+        entry = self._entries.get(policy)
+        if entry is None:
+            return []
+        homes = self._side(entry.policy).homes
+        return sorted({homes[item.order, item.box].name for item in entry.items})
 
-    def _place(self, side: Side, number: int) -> None:
-        policy, verdict, places = self._entries[number]
-        for item in _items(policy, number, verdict, side.bits):
-            places.append((side.place(item), item))
+    def _side(self, policy: Policy) -> Side:
+        return self.sides[policy.direction, policy.selector.family]
 
-    def _remove(self, number: int) -> None:
-        policy, _, places = self._entries.pop(number)
-        side = self.sides[policy.direction, policy.selector.family]
-        for group, item in places:
-            side.take(group, item)
+    def _add(self, entry: Entry, number: int) -> None:
+        self._entries[number] = entry
+        side = self._side(entry.policy)
+        entry.items.extend(_items(entry, side.bits))
+        for item in entry.items:
+            side.place(item)
 
-    def _rebuild(self, side: Side) -> None:
-        side.clear()
-        mine = [
-            (_order(entry[0], number), number)
-            for number, entry in self._entries.items()
-            if self.sides[entry[0].direction, entry[0].selector.family] is side
-        ]
-        for _, number in sorted(mine):
-            self._entries[number][2].clear()
-            self._place(side, number)
+    def _remove(self, number: int) -> Entry:
+        entry = self._entries.pop(number)
+        side = self._side(entry.policy)
+        for item in entry.items:
+            side.take(item)
+        return entry
 
 
-def _items(policy: Policy, number: int, verdict: str, bits: int) -> Iterator[Item]:
-    order = _order(policy, number)
+def _items(entry: Entry, bits: int) -> Iterator[Item]:
+    policy, verdict, order = entry.policy, entry.verdict, entry.order
     for box in boxes(policy.selector):
         cut = pieces(box, bits)
         if cut is None:
@@ -307,11 +353,6 @@ def _items(policy: Policy, number: int, verdict: str, bits: int) -> Iterator[Ite
         for piece in cut:
             shape = piece.shape(bits)
             yield Item(order, policy, piece, shape, shape, verdict)
-
-
-def _order(policy: Policy, number: int) -> tuple[int, int]:
-    """SPD order.  Policies without an id (negative numbers: their position) come after those with one."""
-    return policy.priority, number if number > 0 else (1 << 62) - number
 
 
 def comment_of(policy: Policy) -> str:

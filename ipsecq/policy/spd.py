@@ -19,6 +19,11 @@ from ipsecq.policy.sockets import SocketPolicy
 
 AUTOMATIC_REQID: Final = 0x4000
 """First reqid that ``unique`` without a number gets; the ones below are the administrator's (KAME)."""
+DIRECTION_BITS: Final = 3
+"""Low bits of a policy's id that say its direction, as Linux has it: 0 in, 1 out (2 forward, 3 and more: sockets).
+
+setkey(8) and racoon of ipsec-tools look at them.
+"""
 
 # (right shift of src, right shift of dst, protocol named?, one source port?, one destination port?)
 _Shape = tuple[int, int, bool, bool, bool]
@@ -174,8 +179,8 @@ class Spd:
     """
 
     __slots__ = (
-        "_by_id", "_by_selector", "_next_id", "_next_order", "_next_reqid", "_tables", "generation", "inbound_sockets",
-        "sockets",
+        "_by_id", "_by_selector", "_dumped", "_next_id", "_next_order", "_next_reqid", "_tables", "generation",
+        "inbound_sockets", "sockets",
     )  # fmt: skip
 
     def __init__(self, policies: Iterable[Policy] = ()) -> None:
@@ -184,7 +189,10 @@ class Spd:
         """Policies of sockets by mark, changed with :meth:`put_socket`; they are outside of all that follows."""
         self.inbound_sockets = False
         """One of them has an inbound rule."""
+        self._dumped: tuple[int, list[Policy]] | None = None
+        """What :meth:`dump` found, and the generation in which it did."""
         self._next_id = 1
+        """Without its low bits."""
         self._next_order = 0
         self._next_reqid = AUTOMATIC_REQID
         self._clear()
@@ -318,8 +326,13 @@ class Spd:
 
     def dump(self) -> list[Policy]:
         """Return the policies in the order in which they are looked at: inbound, outbound; by priority, then age."""
-        entries = sorted(self._by_id.values(), key=lambda entry: (entry[1].direction, entry[0]))
-        return [policy for _, policy, _ in entries]
+        if self._dumped is None or self._dumped[0] != self.generation:
+            sides: dict[Direction, list[_Entry]] = {direction: [] for direction in Direction}
+            for entry in self._by_id.values():
+                sides[entry[1].direction].append(entry)
+            listed = [policy for side in sides.values() for _, policy, _ in sorted(side, key=_rank)]
+            self._dumped = self.generation, listed
+        return self._dumped[1].copy()
 
     def expired(self, now: float) -> list[Policy]:
         """Remove and return the policies whose lifetime is over at ``now`` (Unix seconds)."""
@@ -360,12 +373,12 @@ class Spd:
     def _insert(self, policy: Policy, order: int) -> Policy:
         changes: dict[str, object] = {}
         if not policy.id or policy.id in self._by_id:
-            changes["id"] = self._next_id
+            changes["id"] = self._next_id << DIRECTION_BITS | (policy.direction is Direction.OUT)
         if any(transform.level is Level.UNIQUE and not transform.reqid for transform in policy.transforms):
             changes["transforms"] = tuple(self._with_reqid(transform) for transform in policy.transforms)
         if changes:
             policy = replace(policy, **changes)  # type: ignore[arg-type]
-        self._next_id = max(self._next_id, policy.id + 1)
+        self._next_id = max(self._next_id, (policy.id >> DIRECTION_BITS) + 1)
         rank = policy.priority << 64 | order
         self._by_selector[policy.direction][policy.selector] = policy.id
         table = self._tables[policy.direction * 2 + (policy.selector.family == 6)]

@@ -70,6 +70,30 @@ def test_a_reload_that_takes_a_tunnel_away_ends_it_and_leaves_the_other(make_wor
     assert flow.received == flow.sent
 
 
+def test_the_kernel_follows_when_policies_change_places(make_world):
+    """Of overlapping policies with one priority the first wins, whichever was there first and whatever its id is."""
+    world = make_world()
+    one, two = world.network.sites
+    lines = world.one.policy.read_text()
+    flush, rest = lines.split("spdadd", 1)
+    exception = f"spdadd {one.lan4} {two.host4}/32 any -P out none;\n"
+
+    def protected():
+        """In clear the far gateway refuses it."""
+        return ping(one.host, two.host4, count=1, wait=1.0) == 1
+
+    # Alone at first, it is the oldest.
+    before, behind = f"{flush}{exception}spdadd{rest}", lines + exception
+    for text, wanted in ((flush + exception, False), (before, False), (behind, True), (before, False), (behind, True)):
+        world.one.policy.write_text(text)
+        world.one.command("reload")
+        assert protected() is wanted
+    for priority, wanted in (("prio high", False), ("prio low", True), ("", True)):
+        change = f"spdupdate {one.lan4} {two.host4}/32 any -P out {priority} none;"
+        world.one.command("setkey", "-c", stdin=change)
+        assert protected() is wanted
+
+
 def test_what_cannot_change_in_a_reload_is_named(make_world):
     world = make_world()
     text = world.one.config.read_text()

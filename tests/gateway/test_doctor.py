@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sys
 
 import pytest
 
@@ -37,7 +36,7 @@ def subjects(gateway):
 
 
 def setkey(gateway, text):
-    gateway.space.run(sys.executable, "-m", "ipsecq", "setkey", "-c", "--config", str(gateway.config), stdin=text)
+    gateway.command("setkey", "-c", stdin=text)
 
 
 @pytest.fixture(scope="module")

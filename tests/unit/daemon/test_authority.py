@@ -115,6 +115,20 @@ def test_unchanged_policies_keep_their_ids(house):
     assert len(set(before.values()) | set(after.values())) == 4
 
 
+def test_a_reload_leaves_what_key_management_added_behind_the_policies_of_the_files(house):
+    """First in wins: in front of them it would decide where it hadn't."""
+    house.become(policy(2), policy(3))
+    added = replace(files(policy(4))[1].dump()[0], id=0, label="pfkey:1")
+    house.authority.update_policy(added)
+    house.publish()
+    before = [each.selector for each in house.authority.spd]
+    assert before[-1] == added.selector
+    assert house.become(policy(2), policy(3)) == []
+    house.become(policy(5), policy(2), policy(3))
+    assert [each.selector for each in house.authority.spd][-1] == added.selector
+    assert [each.selector for each in house.replica.spd] == [each.selector for each in house.authority.spd]
+
+
 def test_sas_that_the_files_no_longer_have_go_and_those_of_key_management_stay(house):
     house.become(add(0x1001), add(0x1002))
     was = house.keys()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from ipsecq.netfilter.plan import Group, Plan, comment_of
 from ipsecq.netfilter.verdicts import verdict_of
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.model import Policy, Selector, Transform
+from ipsecq.policy.spd import Spd
 from ipsecq.sysctl import Sysctl
 
 Packet = tuple[int, int, int, int, int]
@@ -65,7 +68,7 @@ def of_plan(plan: Plan, packet: Packet) -> str | None:
 
 
 def of_spd(policies: list[Policy], packet: Packet) -> str | None:
-    for policy in sorted(policies, key=lambda policy: (policy.priority, policy.id)):
+    for policy in policies:
         s = policy.selector
         box = Box(
             (int.from_bytes(s.src_first), int.from_bytes(s.src_last)),
@@ -82,17 +85,130 @@ def of_spd(policies: list[Policy], packet: Packet) -> str | None:
 def test_first_hit_is_the_spds_first_match_after_any_updates(rounds: list[list[int]], rng: random.Random) -> None:
     plan = Plan("t", 4)
     for numbers in rounds:
-        policies = [make(number + 1, number) for number in numbers]
+        # Ids say nothing about the order: a reload gives what was there before the id that it had.
+        policies = sorted((make(number + 1, number) for number in numbers), key=lambda policy: policy.priority)
         plan.update(policies, Sysctl())
-        for _ in range(60):
-            packet = (
-                0x0A000000 | rng.getrandbits(5), 0x0A000000 | rng.getrandbits(5), rng.choice([1, 6, 17, 47]),
-                rng.choice([0, 8]), rng.choice([0, 2, 4, 6, 9]),
-            )  # fmt: skip
-            if packet[2] == 47:
-                packet = (*packet[:3], 0, 0)
+        for packet in packets(rng, 60):
             assert of_plan(plan, packet) == of_spd(policies, packet)
         assert all(group.items for side in plan.sides.values() for group in side.groups)
+
+
+def packets(rng: random.Random, count: int) -> Iterator[Packet]:
+    for _ in range(count):
+        protocol = rng.choice([1, 6, 17, 47])
+        sport, dport = (0, 0) if protocol == 47 else (rng.choice([0, 8]), rng.choice([0, 2, 4, 6, 9]))
+        yield 0x0A000000 | rng.getrandbits(5), 0x0A000000 | rng.getrandbits(5), protocol, sport, dport
+
+
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "update", "update", "delete", "reload", "swap"]), st.integers(0, 60), st.integers(0, 3)
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(CHANGES, min_size=1, max_size=5), st.randoms(use_true_random=False))
+def test_kernel_and_spd_agree_whatever_was_done_to_the_spd(
+    rounds: list[list[tuple[str, int, int]]], rng: random.Random
+) -> None:
+    """Also where an id is older than its policy's place: spdupdate with another priority, a file in a new order."""
+    spd, plan, kernel = Spd(), Plan("t", 4), Kernel()
+    for changes in rounds:
+        for what, number, priority in changes:
+            policy = replace(make(0, number), priority=priority)
+            there = spd.find(policy.direction, policy.selector)
+            if what == "update" or (what == "add" and there is None):
+                spd.update(policy)
+            elif what == "delete" and there is not None:
+                spd.delete_id(there.id)
+            elif what == "reload":
+                spd.replace_all(rng.sample([replace(each, id=0) for each in spd.dump()], len(spd)))
+            elif what == "swap" and len(spd) > 1:
+                listed = [replace(each, id=0) for each in spd.dump()]
+                at = number % (len(listed) - 1)
+                listed[at : at + 2] = listed[at + 1], listed[at]
+                spd.replace_all(listed)
+        kernel.take(plan.update(spd.dump(), Sysctl()))
+        assert kernel.groups == {
+            group.name: len(group.items) for side in plan.sides.values() for group in side.groups if group.shape
+        }
+        for packet in packets(rng, 60):
+            s, d, protocol, sport, dport = packet
+            found = spd.lookup(Direction.OUT, s.to_bytes(4, "big"), d.to_bytes(4, "big"), protocol, sport, dport)
+            assert of_plan(plan, packet) == (verdict_of(found, Sysctl(), 4) if found else None)
+
+
+class Kernel:
+    """Counts the elements of maps as nf_tables would: what is deleted must be there, what is added must not."""
+
+    def __init__(self) -> None:
+        self.elements: dict[str, set[str]] = {}
+
+    def take(self, commands: list[str]) -> None:
+        for command in commands:
+            verb, kind, _, _, name, *_ = command.split()
+            if kind == "map":
+                if verb == "add":
+                    assert self.elements.setdefault(name, set()) == set()
+                else:
+                    del self.elements[name]
+            elif kind == "element":
+                keys = {line.split(" : ")[0].split(" comment ")[0] for line in command.splitlines()[1:-1]}
+                if verb == "add":
+                    assert not keys & self.elements[name]
+                    self.elements[name] |= keys
+                else:
+                    assert keys <= self.elements[name]
+                    self.elements[name] -= keys
+
+    @property
+    def groups(self) -> dict[str, int]:
+        return {name: len(keys) for name, keys in self.elements.items()}
+
+
+def test_updating_a_priority_there_and_back_leaves_the_kernel_with_the_spds_order() -> None:
+    protect = replace(disjoint(1)[0], id=0)
+    spare = replace(protect, selector=replace(protect.selector, src_last=protect.selector.src_first), action=Action.NONE,
+                    transforms=())  # fmt: skip
+    spd = Spd([spare, protect])
+    plan = Plan("t", 4)
+    plan.update(spd.dump(), Sysctl())
+    packet = (*(int.from_bytes(each, "big") for each in (spare.selector.src_first, spare.selector.dst_first)), 6, 1, 1)
+    assert of_plan(plan, packet) == "accept"
+    for priority in (7, 0):
+        spd.update(replace(spare, priority=priority))
+        plan.update(spd.dump(), Sysctl())
+        assert of_plan(plan, packet) != "accept"
+
+
+@pytest.mark.parametrize(("priority", "moved"), [(0, 0), (1, 0), (3, 600), (4, 300), (5, 0)])
+def test_a_policy_between_priorities_moves_no_more_than_it_must(priority: int, moved: int) -> None:
+    """The first few priorities have maps of their own; in a map that several share, what comes after it moves."""
+    many = sorted(
+        (replace(policy, priority=i % 6) for i, policy in enumerate(disjoint(1800))), key=lambda policy: policy.priority
+    )
+    plan = Plan("t", 4)
+    plan.update(many, Sysctl())
+    assert [len(group.items) for group in plan.sides[Direction.OUT, 4].groups] == [300, 300, 300, 900]
+    broad = Policy(Direction.OUT, Selector(*net(0, 0), *net(0xAC000000, 8)), Action.DISCARD, (), priority, 9000)
+    at = 300 * (priority + 1)
+    commands = plan.update([*many[:at], broad, *many[at:]], Sysctl())
+    added = [command for command in commands if command.startswith("add element")]
+    assert sum(command.count(" : goto out_worker_") for command in added) == moved
+    assert sum(command.count(" : goto out_discard") for command in added) == 1
+
+
+def test_an_order_number_without_room_for_another_gives_new_ones_to_all() -> None:
+    plan, policies = Plan("t", 4), disjoint(2)
+    for number in range(200):  # each time between the first two
+        selector = Selector(*net(number << 8, 24), *net(0, 0))
+        policies.insert(1, replace(policies[0], selector=selector, id=1000 + number))
+        plan.update(policies, Sysctl())
+    groups = plan.sides[Direction.OUT, 4].groups
+    places = {item.policy.id: item.order for group in groups for item in group.items.values()}
+    assert sorted(places, key=places.__getitem__) == [policy.id for policy in policies]
 
 
 def disjoint(count: int) -> list[Policy]:

@@ -199,6 +199,15 @@ def test_errors_carry_the_errno_of_pf_key():
     assert len(spd) == 1
 
 
+def test_the_low_bits_of_an_id_say_the_direction_as_linux_has_it():
+    """setkey and racoon of ipsec-tools take others for policies of sockets, and pass over them."""
+    spd = Spd(policy(direction, src=f"10.0.0.{number}") for number in range(4) for direction in Direction)
+    assert {each.direction: each.id % 8 for each in spd} == {Direction.IN: 0, Direction.OUT: 1}
+    assert len({each.id for each in spd}) == 8
+    spd.add(replace(policy(src="10.1.0.0/16"), id=4001))
+    assert spd.add(policy(Direction.IN, src="10.2.0.0/16")).id == 4008
+
+
 def test_replace_all_is_all_or_nothing_and_keeps_ids():
     spd = Spd()
     kept = spd.add(policy(src="10.0.0.0/8"))

@@ -27,7 +27,7 @@ def test_everything_lands_where_it_belongs_with_its_time_of_creation():
     assert [sa.spi for sa in done.sad] == [0x100, 0x101]
     assert {sa.created for sa in done.sad} == {1000.0}
     (policy,) = done.spd.dump()
-    assert (policy.direction, policy.created, policy.id) == (Direction.OUT, 1000.0, 1)
+    assert (policy.direction, policy.created, policy.id) == (Direction.OUT, 1000.0, 9)
 
 
 @pytest.mark.parametrize(("text", "place", "part"), [
