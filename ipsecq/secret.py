@@ -8,7 +8,26 @@ that need the octets (the cipher registry, ``setkey -D``, PF_KEY replies) ask fo
 from __future__ import annotations
 
 import hmac
+import re
 from typing import Final
+
+_DIGITS: Final = re.compile(r"[0-9A-Fa-f](?:[:.,_-]?[0-9A-Fa-f]){10}")
+"""More than ten hexadecimal digits, apart at most by a sign each."""
+_END: Final = r"[0-9A-Fa-f]{0,4}(?:[:.][0-9A-Fa-f]{0,4}){1,8}(?:%[\w.]{1,15})?"
+_ADDRESSES: Final = re.compile(rf"{_END}(?:-{_END})?", re.ASCII)
+_SHORTEST: Final = 16
+"""Octets of the shortest key that any algorithm takes."""
+
+
+def may_be_key(word: str) -> bool:
+    """Return whether a word that somebody wrote in a wrong place may be a key, so that no message may repeat it.
+
+    True for more than ten hexadecimal digits in a row, and for whatever is as long as a key; False for what has the
+    shape of an address, or of a range of them.
+    """
+    if _ADDRESSES.fullmatch(word):
+        return False
+    return len(word) >= _SHORTEST or _DIGITS.search(word) is not None
 
 
 class Key:

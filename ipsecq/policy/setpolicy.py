@@ -27,6 +27,7 @@ from typing import Final, TypeVar
 from ipsecq.errors import PolicySyntaxError
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.model import Policy, Transform
+from ipsecq.secret import may_be_key
 
 PRIORITY_BASES: Final = {"high": -0x40000000, "def": 0, "low": 0x40000000}
 _WIRE_DEFAULT: Final = 0x80000000
@@ -102,6 +103,14 @@ def priority_from_wire(value: int) -> int:
     return value - _WIRE_DEFAULT if value else 0
 
 
+def decimal(digits: str) -> int:
+    """Return the number that ASCII digits spell; of one with more than 20 digits only that it is too large.
+
+    int() takes no more than 4300 digits.
+    """
+    return int(digits.lstrip("0")[:21] or "0")
+
+
 @lru_cache(1024)
 def _packed(text: str) -> bytes:
     """One object for the ends of neighbouring policies.  ValueError."""
@@ -123,7 +132,9 @@ class _Parser:
 
     def fail(self, expected: str) -> PolicySyntaxError:
         word, column = self.tokens[self.index]
-        found = f"'{word}'" if word else "the end of the policy"
+        # In setkey.conf, a sentence without its semicolon runs on into the next one, where keys may be.
+        hidden = may_be_key(word.strip(":#"))
+        found = f"a word of {len(word)} characters" if hidden else f"'{word}'" if word else "the end of the policy"
         return PolicySyntaxError(f"expected {expected}, found {found}", column)
 
     def take(self) -> str:
@@ -181,10 +192,10 @@ class _Parser:
 
     def number(self, what: str, most: int) -> int:
         word = self.word
-        if not word.isascii() or not word.isdigit() or int(word) > most:
+        if not word.isascii() or not word.isdigit() or decimal(word) > most:
             raise self.fail(f"{what} from 0 to {most}")
         self.take()
-        return int(word)
+        return decimal(word)
 
     def rule(self, direction: Direction) -> Transform:
         protocol = self.choose(_PROTOCOLS, "a protocol")
@@ -253,8 +264,8 @@ class _Parser:
             raise self.fail("a level (default, use, require, unique or unique:ID)")
         reqid = 0
         if sign:
-            if not digits.isascii() or not digits.isdigit() or not 0 < int(digits) <= 0xFFFFFFFF:
+            if not digits.isascii() or not digits.isdigit() or not 0 < decimal(digits) <= 0xFFFFFFFF:
                 raise self.fail("an ID from 1 to 4294967295 after the level")
-            reqid = int(digits)
+            reqid = decimal(digits)
         self.take()
         return level, reqid

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Final, NoReturn
 
+from ipsecq.crypto import registry
 from ipsecq.errors import ConfigError
+from ipsecq.policy.setpolicy import decimal
+from ipsecq.secret import may_be_key
 from ipsecq.setkey import values
 from ipsecq.setkey.lexer import Kind, Token, tokens
+
+COMMANDS: Final = (
+    "add", "get", "delete", "deleteall", "flush", "dump", "spdadd", "spdupdate", "spddelete", "spddump", "spdflush",
+)  # fmt: skip
+_KNOWN: Final = frozenset((
+    *COMMANDS, "exit", "quit", "bye", "getspi", "esp", "ah", "ipcomp", "esp-udp", "transport", "tunnel", "any",
+    *registry.ENCRYPTION, *registry.AUTHENTICATION, *registry.COMPRESSION,
+    "-E", "-A", "-C", "-R", "-P", "-m", "-r", "-u", "-f", "-lh", "-ls", "-bh", "-bs", "-uh", "-us", "-ah", "-as",
+    "-esn", "-tfc", "-align", "-natt", "-natt_mtu", "-oai", "-oar", "-rebind", "-hwif", "-ctx", "-fail_open",
+))  # fmt: skip
+"""Words of the grammar: no key, wherever they stand."""
 
 
 class Cursor:
@@ -20,11 +34,16 @@ class Cursor:
         self.family = 0
         """4 or 6 after the options -4 and -6 of a command; 0 without."""
         self.secret = False
-        """After -E or -A: a word that is out of place may be a key without its 0x or quotes."""
+        """After -E or -A: a word that is out of place may be a key, or a piece of one, without its 0x or quotes."""
+        self.flipped = False
+        """After a quoted string with a semicolon or a line's end in it: quotes may be out of step, and from there on the
+        file's keys look like words."""
 
     def advance(self) -> Token:
         """Take the token at hand (END is never left)."""
         token = self.token
+        if token.kind is Kind.QUOTED and (";" in token.text or "\n" in token.text):
+            self.flipped = True
         if token.kind is not Kind.END:
             self.token = next(self.stream)
         return token
@@ -40,12 +59,14 @@ class Cursor:
 
     def describe(self, token: Token) -> str:
         """Return what a message may say about a token: nothing that could be a key."""
-        if token.kind in (Kind.HEX, Kind.QUOTED):
+        if token.kind is Kind.HEX:
+            return f"a hexadecimal number of {len(token.text)} digits"
+        if token.kind is Kind.QUOTED:
             return f"a {token.kind.value}"
         if token.kind in (Kind.END, Kind.POLICY):
             return str(token.kind.value)
-        hidden = token.kind in (Kind.WORD, Kind.FLAG) and len(token.text) > (5 if self.secret else 45)
-        if hidden:
+        shown = token.kind is Kind.SIGN or token.text in _KNOWN
+        if not shown and (self.secret or self.flipped or may_be_key(token.text)):
             return f"a word of {len(token.text)} characters"
         return f"'{token.text}'"
 
@@ -71,11 +92,11 @@ class Cursor:
         if token.kind is Kind.HEX:
             value = int(token.text, 16)
         elif token.kind is Kind.WORD and token.text.isascii() and token.text.isdigit():
-            value = int(token.text)
+            value = decimal(token.text)
         else:
             self.fail(what)
         if not least <= value <= most:
-            self.error(f"expected {what} from {least} to {most}, found {value}", token)
+            self.fail(f"{what} from {least} to {most}", token)
         self.advance()
         return value
 

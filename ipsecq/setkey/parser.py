@@ -20,6 +20,7 @@ and -fail_open.  What is refused, is refused with its reason: esp-old, ah-old, t
 from __future__ import annotations
 
 from ipsecq.setkey import commands as c
+from ipsecq.setkey.cursor import COMMANDS
 from ipsecq.setkey.lexer import Kind
 from ipsecq.setkey.policy_rules import PolicyRules
 from ipsecq.setkey.sa_rules import SaRules
@@ -35,12 +36,10 @@ def parse(text: str, file: str = "") -> list[c.Command]:
 
 class _Parser(SaRules, PolicyRules):
     def commands(self) -> list[c.Command]:
-        rules = {
-            "add": self.add, "get": self.get, "delete": self.delete, "deleteall": self.delete_all,
-            "flush": self.flush, "dump": self.dump,
-            "spdadd": self.spd_add, "spdupdate": self.spd_update, "spddelete": self.spd_delete,
-            "spddump": self.spd_dump, "spdflush": self.spd_flush,
-        }  # fmt: skip
+        rules = dict(zip(COMMANDS, (
+            self.add, self.get, self.delete, self.delete_all, self.flush, self.dump,
+            self.spd_add, self.spd_update, self.spd_delete, self.spd_dump, self.spd_flush,
+        ), strict=True))  # fmt: skip
         result: list[c.Command] = []
         while self.token.kind is not Kind.END:
             start = self.token

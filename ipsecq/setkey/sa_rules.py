@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final
@@ -11,7 +12,7 @@ from ipsecq.errors import AlgorithmError
 from ipsecq.numbers import NATT_PORT, Mode, Protocol
 from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
 from ipsecq.sa.replay import MAX_REPLAY_WINDOW
-from ipsecq.secret import NO_KEY, Key
+from ipsecq.secret import NO_KEY, Key, may_be_key
 from ipsecq.setkey import commands as c
 from ipsecq.setkey.cursor import Cursor
 from ipsecq.setkey.lexer import Kind, Token
@@ -28,6 +29,9 @@ _LIFETIMES: Final = {
     "-bh": ("hard", "bytes"), "-bs": ("soft", "bytes"),
     "-uh": ("hard", "usetime"), "-us": ("soft", "usetime"),
     "-ah": ("hard", "allocations"), "-as": ("soft", "allocations"),
+}  # fmt: skip
+_ALGORITHMS: Final = {
+    "-E": list(registry.ENCRYPTION), "-A": list(registry.AUTHENTICATION), "-C": list(registry.COMPRESSION),
 }  # fmt: skip
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
@@ -230,10 +234,10 @@ class SaRules(Cursor):
                     self.advance()
                     sa.flags |= c.SADB_X_EXT_RAWCPI
         except AlgorithmError as error:
-            # A name so long, or all hexadecimal digits, may be a key in the wrong place.
-            if len(token.text) > 24 or not set(token.text.lower()) - set("0123456789abcdef"):
+            # What is not like any algorithm's name may be a key in the wrong place, or a word of one.
+            if may_be_key(token.text) or not re.fullmatch(r"(?=.*[g-zG-Z])\w+(-\w+)+", token.text):
                 self.secret = True
-                self.fail("the name of an algorithm", token)
+                self.fail(f"the name of an algorithm ({', '.join(_ALGORITHMS[flag.text])})", token)
             self.error(str(error), token)
         return True
 

@@ -17,6 +17,7 @@ from ipsecq.numbers import (
     IPPROTO_UDP,
 )
 from ipsecq.policy.model import Selector
+from ipsecq.policy.setpolicy import decimal
 
 UPPER_PROTOCOLS: Final = {
     "ip": IPPROTO_ANY,
@@ -94,7 +95,7 @@ def parse_port(text: str) -> tuple[int, int]:
         return 0, 65535
     low, dash, high = text.partition("-")
     if low.isascii() and low.isdigit() and (not dash or (high.isascii() and high.isdigit())):
-        first, last = int(low), int(high or low)
+        first, last = decimal(low), decimal(high or low)
         if first <= last <= 65535:
             return first, last
         raise ValueError("ports from 0 to 65535, the lower one first")
@@ -121,7 +122,7 @@ def parse_icmp(text: str) -> tuple[int, int, int, int]:
         if part.lower() in ("any", "0"):
             values += (0, 65535)
         elif low.isascii() and low.isdigit() and (not dash or (high.isascii() and high.isdigit())):
-            first, last = int(low), int(high or low)
+            first, last = decimal(low), decimal(high or low)
             if not first <= last <= 255:
                 raise ValueError("type and code from 0 to 255")
             values += (first, last)
@@ -134,9 +135,9 @@ def parse_upper(text: str) -> int:
     """Return the number of an upper-layer protocol: a number, a name of ours or of /etc/protocols; ValueError."""
     name = text.lower()
     if name.isascii() and name.isdigit():
-        if int(name) > 255:
+        if decimal(name) > 255:
             raise ValueError("a protocol number from 0 to 255")
-        return int(name)
+        return decimal(name)
     if name in UPPER_PROTOCOLS:
         return UPPER_PROTOCOLS[name]
     try:
