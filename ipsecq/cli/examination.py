@@ -9,7 +9,7 @@ from ipsecq.daemon import content as files
 from ipsecq.daemon.control import ask
 from ipsecq.doctor.examination import examine
 from ipsecq.doctor.finding import Finding, Grade
-from ipsecq.errors import DaemonError
+from ipsecq.errors import ConfigError, DaemonError
 
 KNOBS: Final = [f"net.inet.{protocol}.{protocol}_enable" for protocol in ("esp", "ah", "ipcomp")]
 
@@ -19,9 +19,12 @@ def findings(config: Path, *, probe: bool) -> list[Finding]:
 
     Raises ConfigError when the files have a mistake: what they mean cannot be examined then.
     """
-    if not config.exists():
-        return examine(probe=probe)
-    content = files.read(config)
+    try:
+        content = files.read(config)
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and error.file == str(config):
+            return examine(probe=probe)
+        raise
     daemon: list[Finding] = []
     status, knobs = None, dict[str, int]()
     try:

@@ -147,9 +147,9 @@ def _output(source: str, target: str, stack: ExitStack) -> BinaryIO:
     if target == "-":
         return sys.stdout.buffer
     path = Path(target)
-    if source != "-" and path.exists() and path.samefile(source):
-        raise CaptureError(f"{target}: is the input, too: name another output")
     try:
+        if source != "-" and path.exists() and path.samefile(source):
+            raise CaptureError(f"{target}: is the input, too: name another output")
         stream = path.open("wb")
     except OSError as error:
         raise CaptureError(f"{target}: cannot be written: {error.strerror}") from error

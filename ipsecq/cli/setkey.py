@@ -12,6 +12,7 @@ import typer
 import ipsecq
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
+from ipsecq.errors import ConfigError
 from ipsecq.setkey.parser import parse
 from ipsecq.setkey.values import format_address
 
@@ -68,7 +69,10 @@ def setkey(
 
 def _carry_out(config: Path, file: Path | None, *, check: bool, atomic: bool, verbose: bool) -> None:
     name = str(file) if file is not None else "stdin"
-    octets = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+    try:
+        octets = file.read_bytes() if file is not None else sys.stdin.buffer.read()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=name) from error
     text = octets.decode("utf-8", "surrogateescape")
     commands = parse(text, name)  # a mistake is found before the daemon hears of anything
     if check:

@@ -5,6 +5,7 @@ The keys, what they accept and what they mean are in ``options``.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -143,7 +144,7 @@ def parse(text: str, path: Path = DEFAULT_PATH) -> Config:
     """Check the text of a file; ``path`` is for messages and relative names."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, and int()'s own about thousands of digits
         place = re.search(r"^(.*) \(at (?:line (\d+), column (\d+)|end of document)\)$", str(error))
         lines = text.count("\n") + 1
         message, line, column = (place[1], place[2] or lines, place[3] or 1) if place else (str(error), 0, 0)
@@ -213,12 +214,13 @@ class _Checker:
         elif hint is str:
             among = metadata.get("among")
             expected = " or ".join(f'"{choice}"' for choice in among) if among else "a string"
-            good = isinstance(value, str) and (not among or value in among)
+            good = isinstance(value, str) and "\0" not in value and (not among or value in among)
         else:
             ports = hint == tuple[int, ...]
             expected = "a list of port numbers" if ports else "a list of strings"
             good = isinstance(value, list) and all(
-                type(each) is int and 0 < each < 65536 if ports else isinstance(each, str) for each in value
+                type(each) is int and 0 < each < 65536 if ports else isinstance(each, str) and "\0" not in each
+                for each in value
             )
             value = tuple(value) if good and isinstance(value, list) else value
         if not good:
@@ -329,7 +331,8 @@ def _leaves(table: dict[str, object], path: tuple[str, ...]) -> list[tuple[tuple
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    # A message is one line, whatever the value.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 _PART: Final = r"""(?:"[^"\n]*"|'[^'\n]*'|[A-Za-z0-9_-]+)"""

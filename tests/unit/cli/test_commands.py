@@ -81,6 +81,64 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     )
 
 
+def unreadable(path, kind):
+    """A path that cannot be read as a file."""
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path)
+        case "below a file":
+            path.write_text("")
+            path = path / "file"
+    return path
+
+
+KINDS = {"missing": "No such file or directory", "directory": "Is a directory", "loop": "Too many levels of symbolic links",
+         "below a file": "Not a directory"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["setkey", "-f", "FILE"],
+        ["nft", "--config", "CONFIG"],
+        ["pcap", "decrypt", "-c", "SETKEY", "FILE", "-"],
+    ],
+    ids=["setkey", "policy", "pcap"],
+)
+def test_a_file_that_cannot_be_read_is_one_line_with_its_name_and_the_reason(config, tmp_path, command, kind):
+    path = unreadable(tmp_path / "file", kind)
+    config.write_text(f'[daemon]\npolicy = ["{path}"]\n')
+    names = {"FILE": str(path), "CONFIG": str(config), "SETKEY": str(tmp_path / "setkey.conf")}
+    line = fails_in_one_line(ipsecq(*(names.get(word, word) for word in command)), 2)
+    assert line == f"{path}: cannot be read: {KINDS[kind]}"
+
+
+def test_a_capture_for_which_there_is_no_room_is_one_line(config):
+    # A daemon that answers, and never sends a packet.
+    fake = "import ipsecq.daemon.tap as t; t.TapClient = lambda *_, **__: type('', (), {'close': lambda self: None})()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{fake}; import ipsecq.cli; ipsecq.cli.main()", "tap", "-w", "/dev/full", "-c", str(config)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert fails_in_one_line(done, 2) == "/dev/full: No space left on device"
+
+
+@pytest.mark.parametrize("kind", ["loop", "below a file"])
+def test_doctor_examines_the_machine_alone_only_where_there_is_no_configuration(tmp_path, kind):
+    path = unreadable(tmp_path / "file", kind)
+    assert fails_in_one_line(ipsecq("doctor", "--config", str(path)), 2) == f"{path}: cannot be read: {KINDS[kind]}"
+
+
+def test_octets_that_are_no_text_are_a_mistake_in_one_line(tmp_path):
+    path = tmp_path / "sentences"
+    for octets, column in ((b"\xff\xfe", 1), (b"flush;\0", 7), (b'flush; "\xff', 8)):
+        path.write_bytes(octets)
+        assert fails_in_one_line(ipsecq("setkey", "-n", "-f", str(path)), 2).startswith(f"{path}:1:{column}: expected ")
+
+
 # -- without a daemon ------------------------------------------------------------------------------------------------
 
 
