@@ -25,7 +25,7 @@ def set_policy(sock: HasFileno, policy: str, *, path: str | os.PathLike[str] = "
     makes of a listener has the listener's.
 
     Raises PolicySyntaxError (the string), DaemonError (no daemon there) and OSError: EACCES (``bypass`` and ``none`` need
-    root or CAP_NET_ADMIN), EINVAL, EOPNOTSUPP (not for such a socket), ENOBUFS (too many).
+    root or CAP_NET_ADMIN, and so does changing what was set with them), EINVAL, EOPNOTSUPP (not for such a socket), ENOBUFS (too many).
     """
     from ipsecq.pfkey import socketclient  # noqa: PLC0415
     from ipsecq.policy.setpolicy import parse  # noqa: PLC0415

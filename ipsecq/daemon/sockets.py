@@ -100,9 +100,10 @@ class SocketPolicies:
         async with self._busy:
             mark = get_mark(sock)
             before = self._pair_of(mark)
-            pair = (rule, before[1]) if direction is Direction.IN else (before[0], rule)
-            if pair == before and not (rule is not None and model.wants_reqid(rule.spec)):
+            changes = model.check_change(before[direction is Direction.OUT], rule, privileged=privileged)
+            if not changes and not (rule is not None and model.wants_reqid(rule.spec)):
                 return
+            pair = (rule, before[1]) if direction is Direction.IN else (before[0], rule)
             wanted = await self._mark_for(sock, pair, privileged=privileged, user=user)
             ours = self._settings.mark_sockets | self._settings.mark_mask
             try:

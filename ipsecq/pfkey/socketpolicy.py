@@ -121,6 +121,8 @@ class SocketPolicies:
             return errno.EACCES
         direction = 1 << (DIR_OUT if spec.direction is Direction.OUT else DIR_IN)
         inode = os.fstat(request.socket.fileno()).st_ino
+        if self._bypassed.get(inode, 0) & direction and not request.privileged:
+            return errno.EACCES  # what was set with privilege is changed with privilege, as the daemon has it
         old = self._bypassed.pop(inode, 0)
         new = old | direction if bypass else old & ~direction
         if new:

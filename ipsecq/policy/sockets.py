@@ -5,7 +5,8 @@ out, share one mark, so what a packet costs and what the kernel's rules hold gro
 not of sockets.
 
 Precedence is the manual's system's: a privileged socket's policy goes before the SPD; one that was set without
-privilege counts where the SPD has none, so it can add protection but never take any away.
+privilege counts where the SPD has none, so it can add protection but never take any away; nor does it take the place of
+one that was set with privilege.
 """
 
 from __future__ import annotations
@@ -97,6 +98,19 @@ def rule_of(spec: PolicySpec, *, privileged: bool) -> SocketRule | None:
         spec = replace(spec, priority=0)
     check_spec(spec)
     return SocketRule(spec, privileged)
+
+
+def check_change(present: SocketRule | None, rule: SocketRule | None, *, privileged: bool) -> bool:
+    """Whether ``rule`` (None: ``entrust``) makes a difference to a socket that has ``present`` in its direction.
+
+    SpdError (EACCES) when it does, ``present`` was set with privilege and this caller has none: whoever is handed a
+    socket keeps the policy that it came with.  Asking for the very same policy is nobody's change.
+    """
+    if present is None or not present.privileged or privileged:
+        return present != rule
+    if rule is not None and rule.spec == present.spec:
+        return False
+    raise SpdError("the present policy was set with privilege, so changing it needs root or CAP_NET_ADMIN", errno.EACCES)
 
 
 def check_spec(spec: PolicySpec) -> None:

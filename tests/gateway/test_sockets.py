@@ -292,8 +292,13 @@ def test_without_an_sa_a_socket_that_requires_one_sends_nothing(net):
 
 def as_nobody(space, path, text):
     """Run Python lines as nobody; ``sock``, a UDP socket, and ``path`` are there.  What it prints."""
+    return as_user(NOBODY, space, path, text)
+
+
+def as_user(user, space, path, text):
+    """The same as another user."""
     code = "import os, socket, sys, ipsecq, ipsecq.policy.setpolicy, ipsecq.pfkey.socketclient\n"
-    code += f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+    code += f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n"
     code += f"path = {str(path)!r}\nsock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n{text}"
     return space.run(sys.executable, "-c", code).stdout.split()
 
@@ -309,6 +314,41 @@ for policy in ("in bypass", "out bypass", "out none", "out ipsec esp/transport//
 """
     answers = as_nobody(net.network.one.gateway, net.paths[0], text)
     assert answers == [*[str(errno.EACCES)] * 3, "0", "True", "0", "True", "0", "False"]
+
+
+def test_who_is_handed_a_socket_without_privilege_cannot_take_its_policy_off_or_replace_it(net):
+    given, other = "out ipsec esp/transport//unique:13", "out ipsec esp/transport//unique:14"
+    text = f"""
+ipsecq.set_policy(sock, {given!r}, path=path)
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+for policy in ("out entrust", "out discard", {other!r}, {given!r}, "in ipsec esp/transport//require", "in entrust"):
+    try:
+        ipsecq.set_policy(sock, policy, path=path)
+        print(0)
+    except OSError as error:
+        print(error.errno)
+    print(ipsecq.get_policy(sock, "out", path=path) == {given!r})
+"""
+    denied, done = [str(errno.EACCES), "True"], ["0", "True"]
+    assert as_user(0, net.network.one.gateway, net.paths[0], text) == [*denied * 3, *done * 3]
+
+
+def test_a_program_that_gives_up_root_keeps_its_policy_under_ipsecq_exec(net):
+    text = f"""
+import ctypes, os, socket
+from ipsecq.pfkey.policyext import PolicyExt, Request
+libc = ctypes.CDLL(None, use_errno=True)
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+def ask(value):
+    return ctypes.get_errno() if libc.setsockopt(sock.fileno(), 0, 16, value, len(value)) else 0
+require = PolicyExt(2, 2, requests=[Request(50, 1, 2)]).to_option()
+print(ask(require))
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+print(ask(PolicyExt(3, 2).to_option()), ask(b""), ask(PolicyExt(0, 2).to_option()), ask(require))
+"""
+    words = ["exec", "--config", str(net.gateways[0].config), "--", sys.executable, "-c", text]
+    done = net.network.one.gateway.run(sys.executable, "-m", "ipsecq", *words)
+    assert done.stdout.split() == ["0", *[str(errno.EACCES)] * 3, "0"]
 
 
 def test_a_user_without_privilege_has_a_limit(net):

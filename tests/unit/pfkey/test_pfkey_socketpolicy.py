@@ -61,6 +61,14 @@ def test_a_program_without_cap_net_admin_gets_no_bypass(ask):
     assert ask(BYPASS, OUT, privileged=False) == (errno.EACCES, 5)
 
 
+def test_a_bypass_that_was_set_with_privilege_is_taken_off_with_privilege_only(ask):
+    ask(BYPASS, IN)
+    ask(BYPASS, OUT)
+    for kind in (ENTRUST, None):
+        assert ask(kind, OUT, privileged=False) == (errno.EACCES, DONE | 5)
+    assert ask(ENTRUST, OUT) == (0, 5)
+
+
 @pytest.mark.parametrize(("value", "option", "number"), [
     (b"short", 16, errno.EINVAL),
     (PolicyExt(BYPASS, 3).to_option(), 16, errno.EINVAL),

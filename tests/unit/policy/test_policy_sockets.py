@@ -9,7 +9,16 @@ from ipsecq.errors import SpdError
 from ipsecq.numbers import Action, Direction
 from ipsecq.policy.model import Policy, Selector
 from ipsecq.policy.setpolicy import parse
-from ipsecq.policy.sockets import FIRST_ID, MarkField, SocketPolicy, gone, rule_of, wants_reqid, with_reqids
+from ipsecq.policy.sockets import (
+    FIRST_ID,
+    MarkField,
+    SocketPolicy,
+    check_change,
+    gone,
+    rule_of,
+    wants_reqid,
+    with_reqids,
+)
 from ipsecq.policy.spd import Spd
 
 IN, OUT = Direction.IN, Direction.OUT
@@ -51,6 +60,25 @@ def test_small_numbers_use_the_highest_bits_only():
 def test_entrust_is_no_rule():
     assert rule("out entrust") is None
     assert rule("in entrust", privileged=False) is None
+
+
+@pytest.mark.parametrize("text", ["out entrust", "out discard", "out ipsec esp/transport//unique:14"])
+@pytest.mark.parametrize("present", ["out ipsec esp/transport//unique:13", "out bypass"])
+def test_what_was_set_with_privilege_is_changed_with_privilege_only(present, text):
+    assert check_change(rule(present), rule(text), privileged=True)
+    assert check_change(rule("out discard", privileged=False), rule(text, privileged=False), privileged=False) is (
+        text != "out discard"
+    )
+    with pytest.raises(SpdError) as caught:
+        check_change(rule(present), rule(text, privileged=False), privileged=False)
+    assert caught.value.errno == errno.EACCES
+
+
+def test_asking_again_for_the_very_same_policy_changes_nothing_whoever_asks():
+    text = "out ipsec esp/transport//unique:13"
+    assert not check_change(rule(text), rule(text, privileged=False), privileged=False)
+    assert not check_change(rule(text), rule(text), privileged=True)
+    assert check_change(rule(text, privileged=False), rule(text), privileged=True)  # it goes before the SPD now
 
 
 @pytest.mark.parametrize("action", ["bypass", "none"])
