@@ -28,15 +28,17 @@ class HasFileno(Protocol):
         """The descriptor."""
 
 
-def ask(path: Path, sock: HasFileno, **request: object) -> dict[str, Any]:
+def ask(path: Path, sock: HasFileno | int, **request: object) -> dict[str, Any]:
     """One request about ``sock``, and the answer.
 
-    OSError with the daemon's errno and reason when it refuses; DaemonError when it cannot be reached.
+    OSError with the daemon's errno and reason when it refuses; DaemonError when it cannot be reached; TypeError when
+    ``sock`` is neither a descriptor nor has one.
     """
+    descriptor = sock if isinstance(sock, int) else _descriptor(sock)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC))
         connection.settimeout(TIMEOUT)
-        descriptors = [sock.fileno()]
+        descriptors = [descriptor]
         proof = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC))
         with contextlib.suppress(PermissionError):
             # Only CAP_NET_ADMIN can set this; the daemon looks at it.
@@ -56,3 +58,10 @@ def ask(path: Path, sock: HasFileno, **request: object) -> dict[str, Any]:
     if number:
         raise OSError(number, str(answer.get("error") or os.strerror(number)))
     return dict(answer)
+
+
+def _descriptor(sock: HasFileno) -> int:
+    fileno = getattr(sock, "fileno", None)
+    if not callable(fileno):
+        raise TypeError(f"expected a socket or a descriptor, found {type(sock).__name__}")
+    return int(fileno())
