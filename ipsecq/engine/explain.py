@@ -128,6 +128,7 @@ def inbound(tables: Tables, flow: Flow) -> Explanation:
         answer.fate = f"enters, protected or not: the policy says {policy.action.name.lower()}"
         return answer
     must = []
+    off = ""
     for transform, src, dst in with_ends(policy, flow.src, flow.dst):
         enforced = enforced_inbound(transform, knobs)
         level = resolve_level(transform, knobs)
@@ -139,6 +140,8 @@ def inbound(tables: Tables, flow: Flow) -> Explanation:
         _note_knobs(answer, transform, knobs)
         if not _enabled(transform, knobs):
             note = f"{_enable_name(transform)} is 0: dropped on arrival"
+            if enforced and not off:
+                off = f"dropped: {_enable_name(transform)} is 0"
         answer.transforms.append(TransformReport(transform, level, src, dst, sa, note))
         if enforced:
             must.append(f"{transform.protocol.name.lower()}/{transform.mode.name.lower()}")
@@ -146,8 +149,8 @@ def inbound(tables: Tables, flow: Flow) -> Explanation:
     how = "in this order, in this mode, between these ends" if strict else "in any order and mode"
     if must:
         answer.knobs.append(Knob("net.inet.ipsec.check_policy_history", strict, how))
-        answer.verdict = "protected"
-        answer.fate = f"enters only after {' and '.join(must)}, {how}; in clear it is dropped"
+        answer.verdict = "nothing" if off else "protected"
+        answer.fate = off or f"enters only after {' and '.join(must)}, {how}; in clear it is dropped"
     else:
         answer.verdict, answer.fate = "anything", "enters, protected or not: no transform is required"
     return answer

@@ -17,7 +17,7 @@ from scenarios import DIRECTORY, FAMILIES, Scenario, load
 from ipsecq.counters import COUNTERS_WORDS, FIRST_DROP, Counter, Fate
 from ipsecq.engine import explain, standalone
 from ipsecq.engine.explain import Flow
-from ipsecq.numbers import Level
+from ipsecq.numbers import Level, Protocol
 from ipsecq.packet.view import PacketView
 
 SAS = tomllib.loads((DIRECTORY / "sas.toml").read_text())
@@ -96,20 +96,29 @@ def test_what_is_said_about_a_packet_that_leaves_is_what_happens_to_it(
         assert answer.layout[0] == f"IPv{family} {FAMILIES[family]['A']} > {FAMILIES[family]['B']}"
 
 
-@given(policies=policy_sets, levels=knob_sets, strict=st.sampled_from((0, 1)), default=st.sampled_from((0, 1)),
-       text=packets, family=st.sampled_from((4, 6)))  # fmt: skip
+@given(policies=policy_sets, levels=knob_sets, off=off_sets, strict=st.sampled_from((0, 1)),
+       default=st.sampled_from((0, 1)), text=packets, family=st.sampled_from((4, 6)))  # fmt: skip
 @settings(max_examples=300, deadline=None)
 def test_what_is_said_about_a_clear_packet_that_arrives_is_what_happens_to_it(
-    policies: list[tuple[str, str, str]], levels: dict[str, int], strict: int, default: int, text: str, family: int
-) -> None:
+    policies: list[tuple[str, str, str]], levels: dict[str, int], off: set[str], strict: int, default: int, text: str,
+    family: int,
+) -> None:  # fmt: skip
     rules = "".join(f"spdadd {selector} -P in {priority}{action};" for selector, priority, action in policies)
-    knobs = knobs_of(family, levels, set(), default) | {"net.inet.ipsec.check_policy_history": strict}
+    knobs = knobs_of(family, levels, off, default) | {"net.inet.ipsec.check_policy_history": strict}
     _, spd = databases("", fill(rules, family))
     machine = make_peer([], spd, knobs)
     packet = build(fill("{A} > {B} " + text, family), [])
     answer = explain.inbound(machine.tables, flow_of(packet))
     fate, _ = machine.receive(packet)
-    expected = {Fate.PASS: "anything", Counter.IN_POLVIO: "protected", Counter.IN_DISCARD: "nothing"}
+    # Where a protocol that must have been applied is off, a protected packet fares no better.
+    closed = any(
+        each.note.endswith("dropped on arrival") and each.level >= Level.REQUIRE
+        and each.transform.protocol is not Protocol.IPCOMP for each in answer.transforms
+    )  # fmt: skip
+    assert closed == answer.fate.startswith("dropped: net.inet.")
+    expected = {
+        Fate.PASS: "anything", Counter.IN_POLVIO: "nothing" if closed else "protected", Counter.IN_DISCARD: "nothing"
+    }  # fmt: skip
     assert answer.verdict == expected[fate if fate < FIRST_DROP else Counter(fate)]
 
 
@@ -180,6 +189,20 @@ def test_each_policy_before_the_match_has_the_reason_why_not() -> None:
     ]  # fmt: skip
     assert answer.verdict == "dropped"
     assert len(tables.counters) == COUNTERS_WORDS
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_nothing_enters_where_the_policy_wants_a_protocol_that_is_off(on: int) -> None:
+    sas, spd = databases(
+        fill(SAS["esp"], 4), fill("spdadd {B} {A} any -P in ipsec esp/transport//require ah/transport//use;", 4)
+    )
+    machine = make_peer(sas, spd, {"net.inet.esp.esp_enable": on, "net.inet.ah.ah_enable": 0})
+    answer = explain.inbound(machine.tables, flow_of(build(fill("{B} > {A} udp 1 2", 4), [])))
+    assert answer.verdict == ("protected" if on else "nothing")
+    assert answer.fate == (
+        "enters only after esp/transport, in any order and mode; in clear it is dropped" if on
+        else "dropped: net.inet.esp.esp_enable is 0"
+    )  # fmt: skip
 
 
 def test_knobs_that_decide_are_named() -> None:
