@@ -32,7 +32,7 @@ def listing() -> list[Entry]:
 
 def examine(entries: Sequence[Entry], settings: NetfilterSettings, policies: Sequence[Policy]) -> Iterator[Finding]:
     """Look at a listing; rules of our own tables are left out."""
-    ours = {settings.table, f"{settings.table}_sentinel"}
+    ours = {settings.table, f"{settings.table}_sentinel", f"{settings.table}_inner"}
     chains = [
         entry["chain"] for entry in entries if "hook" in entry.get("chain", {}) and entry["chain"]["table"] not in ours
     ]

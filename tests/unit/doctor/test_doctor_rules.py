@@ -1,13 +1,18 @@
 """The doctor's judgements on what cannot be made in a network namespace: kernels, clocks, other people's tables."""
 
+import re
+
 import pytest
 
 from ipsecq.doctor import firewall, interfaces, routes, rules, running
+from ipsecq.netfilter.compile import compile_ruleset
+from ipsecq.netfilter.inner import InnerTable
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
 from ipsecq.setkey.apply import apply
 from ipsecq.setkey.parser import parse
+from ipsecq.sysctl import Sysctl
 
 KEY = "0x" + "19" * 20
 MIRRORED = """
@@ -84,6 +89,19 @@ def test_policies_that_share_a_route_based_tunnels_sas_are_named(ends, level, gr
 def test_a_flowtable_goes_around_every_policy():
     entries = [{"flowtable": {"family": "inet", "name": "f", "table": "fast", "dev": ["lan", "wan"]}}]
     assert ("fail", "flowtable") in bad(firewall.examine(entries, NetfilterSettings(), []))
+
+
+def test_our_own_tables_are_not_chains_of_others():
+    settings = NetfilterSettings(table="gate")
+    text = compile_ruleset([], settings, Sysctl()) + InnerTable(settings).whole([], Sysctl(), [])
+    tables = [*re.findall(r"^table inet (\w+) {", text, re.MULTILINE), "gate_sentinel"]
+    assert len(set(tables)) == 3
+    ours = [
+        {"chain": {"family": "inet", "table": table, "name": "c", "hook": "prerouting", "prio": -175}} for table in tables
+    ]
+    other = {"chain": {"family": "inet", "table": "theirs", "name": "c", "hook": "input", "prio": 0}}
+    (found,) = firewall.examine([*ours, other], settings, [])
+    assert found.message == "1 chains of others hook here, none goes around the policies"
 
 
 def test_masquerading_behind_an_exemption_is_no_fault():
