@@ -7,7 +7,8 @@ that the manual has once for both families (``net.inet.ipsec.check_policy_histor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -210,16 +211,23 @@ class Sysctl:
         """Set ``name`` to ``value`` and return the old value.
 
         ``value`` is an int, or text as sysctl(8) reads it: decimal, 0x hexadecimal, 0 octal.
-        Raises SysctlError: unknown oid, invalid integer, or Invalid argument when the value is out of range.
+        Raises SysctlError: unknown oid, no leaf node, invalid integer, or Invalid argument when the value is out of range.
         """
         variable = _variable(name)
         number = value if isinstance(value, int) else _integer(value)
         if not variable.low <= number <= variable.high:
-            raise SysctlError(f"{name}={value}: Invalid argument (use {variable.low} to {variable.high})")
+            raise SysctlError(f"{name}={str(value).strip()}: Invalid argument (use {variable.low} to {variable.high})")
         old = self.get(name)
         self._store(variable, number)
         self.generation += 1
         return old
+
+    def check(self, names: Container[str]) -> None:
+        """What concerns two variables, after those in ``names`` were set.  SysctlError "Invalid argument"."""
+        low, high = "net.key.spi_minval", "net.key.spi_maxval"
+        if (low in names or high in names) and self.get(low) > self.get(high):
+            what = "Invalid argument (no SPI is in this range; set both at once)"
+            raise SysctlError(f"{low}={self.get(low)}, {high}={self.get(high)}: {what}")
 
     def all(self) -> dict[str, int]:
         """Return every variable's value by name, in the order of ``sysctl -a``."""
@@ -249,19 +257,27 @@ def matching(prefix: str) -> list[str]:
 def _variable(name: str) -> Variable:
     variable = VARIABLES.get(name)
     if variable is None:
-        raise SysctlError(f"unknown oid {name!r}")
+        raise SysctlError(no_variable(name))
     return variable
 
 
+def no_variable(name: str) -> str:
+    """What is wrong with a name that is no variable's, as sysctl(8) says it."""
+    node = any(each.startswith(name + ".") for each in VARIABLES)
+    return f"oid {name!r} isn't a leaf node" if node else f"unknown oid {name!r}"
+
+
+_NUMBER: Final = re.compile(
+    r"\s*(?P<sign>[+-]?)(?:0x(?P<hex>[0-9a-f]{1,16})|(?P<octal>0[0-7]{0,22})|(?P<decimal>[1-9][0-9]{0,19}))\s*",
+    re.ASCII | re.IGNORECASE,
+)
+"""As strtoimax(3) reads it for sysctl(8), base 0."""
+
+
 def _integer(text: str) -> int:
-    digits = text.strip()
-    sign = -1 if digits.startswith("-") else 1
-    body = digits.lstrip("+-")
-    try:
-        if body.lower().startswith("0x"):
-            return sign * int(body[2:], 16)
-        if len(body) > 1 and body.startswith("0"):
-            return sign * int(body, 8)
-        return sign * int(body, 10)
-    except ValueError:
-        raise SysctlError(f"invalid integer '{text}'") from None
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        raise SysctlError(f"invalid integer {text!r}")
+    base = {"hex": 16, "octal": 8, "decimal": 10}[str(match.lastgroup)]
+    value = int(match[str(match.lastgroup)], base)
+    return -value if match["sign"] == "-" else value

@@ -28,7 +28,7 @@ from ipsecq.daemon.options import (
 from ipsecq.errors import ConfigError, SysctlError
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.interface import Interface
-from ipsecq.sysctl import VARIABLES, Sysctl
+from ipsecq.sysctl import VARIABLES, Sysctl, no_variable
 
 DEFAULT_PATH: Final = Path("/etc/ipsecq/ipsecq.toml")
 CREDENTIAL: Final = "credential:"
@@ -232,11 +232,12 @@ class _Checker:
         if not isinstance(table, dict):
             raise self.error(("sysctl",), "expected a table [sysctl]")
         values: dict[str, int] = {}
+        where: dict[str, tuple[str, ...]] = {}
         scratch = Sysctl()
         for path, value in _leaves(table, ("sysctl",)):
             name = ".".join(path[1:])
             if name not in VARIABLES:
-                raise self.error(path, f"unknown oid {name!r}; see ipsecq sysctl -a")
+                raise self.error(path, f"{no_variable(name)}; see ipsecq sysctl -a")
             if type(value) is not int:
                 raise self.error(path, f"{name}: expected an integer, found {_toml(value)}", value=True)
             try:
@@ -244,6 +245,12 @@ class _Checker:
             except SysctlError as error:
                 raise self.error(path, str(error), value=True) from None
             values[name] = value
+            where[name] = path
+        try:
+            scratch.check(values)
+        except SysctlError as error:
+            last = [path for name, path in where.items() if name in str(error)][-1]
+            raise self.error(last, str(error), value=True) from None
         return values
 
     def whole(self, config: Config) -> None:

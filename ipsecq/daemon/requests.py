@@ -87,6 +87,7 @@ class Requests:
         scratch = Sysctl(authority.sysctl.all())
         for name, value in values.items():
             scratch.set(str(name), str(value))  # all of them are right, or none is set
+        scratch.check(values)
         changed = {str(name): authority.set_sysctl(str(name), str(value)) for name, value in values.items()}
         await self._supervisor.publish()
         return changed

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ipsecq.errors import AlgorithmError, ConfigError, DaemonError, SadError, SpdError
+from ipsecq.numbers import SaState
 from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.policy.model import Policy
 from ipsecq.sa.association import SaKey, SecurityAssociation, Slot
@@ -116,7 +117,8 @@ class Setkey:
                 keys.deleted(authority.delete_sa(SaKey(dst, int(protocol), spi)))
             case c.DeleteAll(src, dst, protocol):
                 for sa in authority.sad.dump(protocol):
-                    if sa.src == src and sa.dst == dst and sa.slot >= 0:
+                    # As Sad.delete_all.  One that waits for its slot has none yet, and goes all the same.
+                    if sa.src == src and sa.dst == dst and sa.state is not SaState.LARVAL:
                         keys.deleted(authority.delete_sa(sa.key))
             case c.Flush(protocol):
                 keys.flushed(authority.flush_sas(protocol), protocol)

@@ -82,6 +82,7 @@ class SaHandlers:
             if protocol is Protocol.IPCOMP:
                 return SPI_MIN, CPI_MAX
             low, high = self.knobs.spi_minval, self.knobs.spi_maxval
+            # Set one by one, by a reload and by hand, they may have passed each other.
             return (low, high) if low <= high else (high, low)
         low, high = message.spirange.min, message.spirange.max
         if low > high:

@@ -73,6 +73,19 @@ def test_each_family_object_is_complete(family: Literal["v4", "v6"]):
     ("net.inet.ipsec.ah_offsetmask", "0x10000", "Invalid argument"),
     ("net.inet.ipsec.dfbit", "two", "invalid integer 'two'"),
     ("net.inet.ipsec.dfbit", "", "invalid integer ''"),
+    ("net.inet.ipsec.dfbit", "\u0661", "invalid integer"),
+    ("net.inet.ipsec.dfbit", "1_0", "invalid integer '1_0'"),
+    ("net.inet.ipsec.dfbit", "--1", "invalid integer '--1'"),
+    ("net.inet.ipsec.dfbit", "+-1", "invalid integer"),
+    ("net.inet.ipsec.dfbit", "0x", "invalid integer '0x'"),
+    ("net.inet.ipsec.dfbit", "0x-1", "invalid integer"),
+    ("net.inet.ipsec.dfbit", "08", "invalid integer '08'"),
+    ("net.inet.ipsec.dfbit", "0o1", "invalid integer"),
+    ("net.inet.ipsec.dfbit", "1 1", "invalid integer"),
+    ("net.inet.ipsec.dfbit", "9" * 5000, "invalid integer"),
+    ("net.inet.ipsec", 1, "oid 'net.inet.ipsec' isn't a leaf node"),
+    ("net", 1, "oid 'net' isn't a leaf node"),
+    ("net.ine", 1, "unknown oid 'net.ine'"),
 ])  # fmt: skip
 def test_errors_are_worded_as_sysctl_words_them_and_change_nothing(name, value, message):
     sysctl = Sysctl()
@@ -82,11 +95,33 @@ def test_errors_are_worded_as_sysctl_words_them_and_change_nothing(name, value, 
     assert (sysctl.all(), sysctl.generation) == before
 
 
-@pytest.mark.parametrize(("text", "value"), [("0x1fff", 0x1FFF), ("8191", 8191), ("010", 8), (" 7 ", 7)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0x1fff", 0x1FFF), ("0X1F", 0x1F), ("8191", 8191), ("010", 8), (" 7 ", 7), ("+7", 7), ("-0", 0), ("00", 0)],
+)
 def test_numbers_are_read_in_the_bases_of_sysctl(text, value):
     sysctl = Sysctl()
     sysctl.set("net.inet.ipsec.ah_offsetmask", text)
     assert sysctl.get("net.inet.ipsec.ah_offsetmask") == value
+
+
+def test_a_negative_number_has_one_sign():
+    sysctl = Sysctl()
+    sysctl.set("net.inet.ipsec.ecn", "-1")
+    assert sysctl.get("net.inet.ipsec.ecn") == -1
+
+
+def test_a_range_of_spis_is_checked_as_a_whole_in_either_order():
+    low, high = "net.key.spi_minval", "net.key.spi_maxval"
+    for names in ((low, high), (high, low)):
+        sysctl = Sysctl()
+        for name in names:
+            sysctl.set(name, {low: "0x20000000", high: "0x20000007"}[name])
+        sysctl.check(names)
+    sysctl.set(high, 0x1000)
+    with pytest.raises(SysctlError, match=rf"{low}=536870912, {high}=4096: Invalid argument"):
+        sysctl.check([high])
+    sysctl.check(["net.inet.ipsec.ecn"])  # no business of others
 
 
 def test_a_change_moves_the_generation():

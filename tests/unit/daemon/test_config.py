@@ -119,6 +119,9 @@ def test_workers_default_to_the_processors():
         ('[sysctl]\n"a\\fb" = 1\n', "", r"unknown oid 'a\x0cb'"),  # a message is one line, whatever the name
         ("[sysctl]\nnet.inet.ipsec.dfbit = 3\n", "2:24:", "Invalid argument (use 0 to 2)"),
         ('[sysctl]\n"net.inet.ipsec.dfbit" = "1"\n', "2:26:", "expected an integer"),
+        ("[sysctl]\nnet.inet.ipsec = 1\n", "2:1:", "oid 'net.inet.ipsec' isn't a leaf node"),
+        ("[sysctl]\nnet.key.spi_maxval = 1000\nnet.key.spi_minval = 1001\n", "3:22:",
+         "net.key.spi_minval=1001, net.key.spi_maxval=1000: Invalid argument"),
         (f"{INTERFACE}reqids = 1\n", "6:1:", "unknown key 'reqids' in [[interface]]; expected name, local"),
         (INTERFACE + INTERFACE, "7:8:", "name: expected a device name (1 to 15) of its own"),
         (INTERFACE + INTERFACE.replace("ipsec0", "ipsec1"), "10:9:", "reqid: 100 is that of another interface"),
