@@ -34,8 +34,6 @@ class Counter(IntEnum):
     # -- drops that belong to no transform -------------------------------------------------------------
     IP_MALFORMED = 16
     IP_FRAGMENT = 17
-    IP_REASSEMBLY = 18
-    IP_TTL = 19
     IP_TOOBIG = 20
     OUT_POLVIO = 24
     OUT_NOSA = 25
