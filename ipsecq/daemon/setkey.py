@@ -147,7 +147,7 @@ class Setkey:
         return token
 
     async def dump(self, request: dict[str, Any]) -> object:
-        """``what`` (sad, spd) begins a dump, ``token`` goes on; ``form`` is dump or config, ``keys`` False hides keys.
+        """``what`` (sad, spd) begins a dump, keys included; ``token`` goes on.
 
         The answer: ``text``, and ``token`` while there is more.  The records are those of the moment at which it began.
         """

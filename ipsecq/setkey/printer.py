@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipsecq.numbers import Mode, SaState
 from ipsecq.policy import setpolicy
 from ipsecq.policy.model import Policy
-from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation, Slot
+from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
 from ipsecq.secret import Key
 from ipsecq.setkey import values
 from ipsecq.setkey.commands import SADB_X_EXT_PRAND, SADB_X_EXT_PZERO, SADB_X_EXT_RAWCPI
@@ -26,23 +26,12 @@ class Usage:
     first_use: int = 0
     sequence: int = 0
 
-    @classmethod
-    def of(cls, sa: SecurityAssociation, words: memoryview) -> Usage:
-        """Read the usage of ``sa`` from its slot in the shared table (format ``Q``)."""
-        base = sa.slot
-        return cls(
-            words[base + Slot.PACKETS], words[base + Slot.BYTES], words[base + Slot.FIRST_USE],
-            words[base + Slot.SEQUENCE],
-        )  # fmt: skip
-
 
 _UNUSED = Usage()
 
 
-def dump_sa(
-    sa: SecurityAssociation, now: float, usage: Usage = _UNUSED, *, remaining: int = 0, keys: bool = True
-) -> str:
-    """Return one SA as ``setkey -D`` prints it, keys included unless ``keys`` is False.
+def dump_sa(sa: SecurityAssociation, now: float, usage: Usage = _UNUSED, *, remaining: int = 0) -> str:
+    """Return one SA as ``setkey -D`` prints it, keys included.
 
     ``remaining`` is how many records follow (``sadb_seq``); ``last:`` is the time of first use, as in PF_KEY.
     """
@@ -62,9 +51,9 @@ def dump_sa(
     if sa.compression is not None:
         lines.append(f"\tC: {sa.compression} ")
     if sa.encryption is not None:
-        lines.append(f"\tE: {sa.encryption} {_hexdump(sa.encryption_key, keys)}")
+        lines.append(f"\tE: {sa.encryption} {_hexdump(sa.encryption_key)}")
     if sa.authentication is not None:
-        lines.append(f"\tA: {sa.authentication} {_hexdump(sa.authentication_key, keys)}")
+        lines.append(f"\tA: {sa.authentication} {_hexdump(sa.authentication_key)}")
     state = SaState(sa.state).name.lower()
     hard, soft = sa.hard, sa.soft
     age = int(now - sa.created) if sa.created else 0
@@ -97,7 +86,8 @@ def dump_policy(policy: Policy, last_use: float = 0, *, remaining: int = 0, pid:
 def config_sa(sa: SecurityAssociation) -> str:
     """Return the ``add`` sentence of one SA, keys included: parsing it gives the same SA again.
 
-    What an ``add`` does not say (state, creation, slot, who made it) is not in it.
+    What an ``add`` does not say (state, creation, slot, who made it) is not in it.  No command prints it: tests hold the
+    parser against it.
     """
     natt = sa.natt
     sport, dport = (f"[{natt.sport}]", f"[{natt.dport}]") if natt is not None else ("", "")
@@ -161,10 +151,8 @@ def _config_key(key: Key) -> str:
     return f" 0x{key.octets.hex()}" if key else ""
 
 
-def _hexdump(key: Key, show: bool) -> str:
+def _hexdump(key: Key) -> str:
     """Octets in groups of four, 32 a line, each group after a space, as libipsec prints keys."""
-    if not show:
-        return f" <{key.bits} bits>"
     octets = key.octets
     rows = (octets[start : start + 32] for start in range(0, len(octets), 32))
     return "\n".join("".join(" " + row[at : at + 4].hex() for at in range(0, len(row), 4)) for row in rows)

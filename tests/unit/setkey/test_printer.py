@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ipsecq.crypto import registry
 from ipsecq.numbers import Action, Direction, Level, Mode, Protocol, SaState
 from ipsecq.policy.model import Policy, Selector, Transform
-from ipsecq.sa.association import SLOT_HEADER_WORDS, Lifetime, NatTraversal, SecurityAssociation, Slot
+from ipsecq.sa.association import Lifetime, NatTraversal, SecurityAssociation
 from ipsecq.secret import Key
 from ipsecq.setkey import commands as c
 from ipsecq.setkey.parser import parse
@@ -66,19 +66,6 @@ def test_dump_of_nat_traversal_ipcomp_and_long_keys():
     assert "\tcreated:                     \tcurrent: " in text
     long = replace(SA, authentication="hmac-sha2-512", authentication_key=Key(bytes(64)))
     assert f"\tA: hmac-sha2-512  {' '.join(['00000000'] * 8)}\n {' '.join(['00000000'] * 8)}\n" in dump_sa(long, NOW)
-
-
-def test_dump_without_keys_shows_their_length_only():
-    text = dump_sa(SA, NOW, keys=False)
-    assert "00010203" not in text
-    assert "\tE: aes-cbc  <128 bits>\n" in text
-
-
-def test_usage_is_read_from_the_slot():
-    words = memoryview(bytearray(8 * (SLOT_HEADER_WORDS + 1))).cast("Q")
-    for name, value in (("PACKETS", 1), ("BYTES", 2), ("FIRST_USE", 3), ("SEQUENCE", 4)):
-        words[1 + Slot[name]] = value
-    assert Usage.of(replace(SA, slot=1), words) == Usage(1, 2, 3, 4)
 
 
 def test_policy_dump_has_the_layout_that_scripts_know():
