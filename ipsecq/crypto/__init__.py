@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""The algorithm registry over ``cryptography``.  Sans I/O."""

@@ -1,6 +1,6 @@
 """The control socket: one JSON object asks, one JSON object answers, over a Unix stream socket.
 
-    {"command": "sysctl", "set": {"net.inet.ipsec.dfbit": "1"}}
+    {"command": "sysctl-set", "values": {"net.inet.ipsec.dfbit": "1"}}
     {"ok": true, "result": …}          {"ok": false, "error": "…", "code": "sysctl", "exit_status": 1}
 
 A command may answer with a stream: ``{"ok": true, "stream": true}``, then one JSON object a line until one end closes.

@@ -66,7 +66,7 @@ class WorkerHandle:
 
 
 class WorkerPool:
-    """``count`` workers.
+    """The workers, one for each page of counters.
 
     ``queues(index)`` are the numbers of a worker's queues; ``first_state(index)`` gives the operations that bring a new
     worker to now, its set-up first; ``on_report(worker, report)`` gets what workers say beyond ``ready`` and ``ack``.

@@ -1,4 +1,4 @@
-"""What is worth an event: changes of SAs and policies as they happen, the rest by looking twice a second.
+"""What is worth an event: changes of SAs and policies as they happen, the rest by looking once a second.
 
 Looking costs something only while somebody reads.
 """
@@ -91,7 +91,7 @@ class Watch:
             self._gateway(before, self._seen)
 
     def _look(self) -> _Seen:
-        return _Seen(self._sampler, self._pool, self._history)
+        return _Seen(self._sampler, self._history)
 
     def _workers(self, before: _Seen, now: _Seen) -> None:
         fail_open = now.fail_open > 0
@@ -130,7 +130,7 @@ class Watch:
 class _Seen:
     """What one look saw."""
 
-    def __init__(self, sampler: Sampler, pool: WorkerPool, history: History) -> None:
+    def __init__(self, sampler: Sampler, history: History) -> None:
         self.workers: list[WorkerSample] = sampler.workers()
         self.counters = sampler.counters()
         self.kernel = lost(self.workers)

@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""NFQUEUE in, verdicts and sends out, batching, enc0."""

@@ -1,8 +1,8 @@
 """One NFQUEUE: packets in by the batch, verdicts out by the batch.
 
 PyPI's NetfilterQueue binds the queue.  The hot path then works on its descriptor: whole batches are read without a
-Python object for each packet, and a run of equal verdicts is one message.  Costs of a packet of 1400 octets here, read
-and verdict: see ``docs/architecture.md``.
+Python object for each packet, and a run of equal verdicts is one message.  What reading and verdict cost
+is in ``docs/performance.md``.
 """
 
 from __future__ import annotations

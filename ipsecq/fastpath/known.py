@@ -67,7 +67,7 @@ def _count(limit):
 
 @cython.cclass
 class Way:
-    """How an outbound SA's packets leave.  Made by :func:`ipsecq.datapath.fast.way_of`."""
+    """How an outbound SA's packets leave.  Made by ``ipsecq.datapath.fast.FastPath._way_of``."""
 
     def __init__(
         self, aead: Aead, limits: Limits, take, front: bytes, name: bytes, options: bytes, spi, esn, identification,

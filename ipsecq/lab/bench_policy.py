@@ -265,7 +265,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench-policy", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="N", help="numbers of policies")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="runs, of which the best counts (%(default)s)")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write it there, too (docs/benchmarks-policy.md)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write it there, too")
     arguments = parser.parse_args()
     cases = run(arguments.sizes, arguments.rounds)
     judged = verdicts(cases)

@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""prometheus-client collectors, the netstat -sp report."""

@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""The SPD compiled to an nftables ruleset; loading; capability detection."""

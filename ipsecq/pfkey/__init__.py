@@ -1,1 +1,1 @@
-"""ipsecq."""
+"""PF_KEYv2: messages, server, client."""

@@ -13,8 +13,9 @@ is a string of ipsec_set_policy(3) (:mod:`ipsecq.policy.setpolicy`).
 
 Extensions of ``add``: -m MODE, -r OCTETS (an eighth of the window in packets), -u REQID, -f PAD, -lh -ls SECONDS,
 -bh -bs OCTETS, -esn, -natt OAI[PORT] OAR[PORT], -natt_mtu N and -hwif NAME (read, and without a meaning here).  Ours:
--uh -us SECONDS (from first use), -ah -as PACKETS, -tfc OCTETS, -oai -oar ADDRESS, -rebind; for policies -lh SECONDS
-and -fail_open.  What is refused, is refused with its reason: esp-old, ah-old, tcp, -ctx, tagged, getspi, host names.
+-uh -us SECONDS (from first use), -ah -as PACKETS, -tfc OCTETS, -align OCTETS (of AH), -oai -oar ADDRESS, -rebind; for
+policies -lh SECONDS and -fail_open.  What is refused, is refused with its reason: esp-old, ah-old, tcp, -ctx, tagged,
+getspi, host names.
 """
 
 from __future__ import annotations
