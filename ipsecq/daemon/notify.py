@@ -13,10 +13,8 @@ class Notifier:
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        usec, pid = os.environ.pop("WATCHDOG_USEC", "0"), os.environ.pop("WATCHDOG_PID", "")
-        mine = not pid or pid == str(os.getpid())
-        self.watchdog_seconds = int(usec) / 1e6 if usec.isdecimal() and mine else 0.0
-        """How often the watchdog wants to be fed at least; 0: not at all."""
+        for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):  # meant for us, not for the workers
+            os.environ.pop(name, None)
 
     def send(self, **variables: str | int) -> None:
         """``send(READY=1, STATUS="serving")``; a manager that is gone is no reason to stop."""

@@ -127,14 +127,6 @@ class StateFile:
         except OSError as error:
             raise StateError(f"state file: {error.strerror}: sequence numbers cannot be reserved") from error
 
-    def write_header(self, header: Header) -> None:
-        """Replace the older copy of the header and wait for the disk.  Raises StateError."""
-        try:
-            os.pwrite(self.descriptor, header.pack(), (header.serial & 1) * HEADER_OCTETS)
-            os.fdatasync(self.descriptor)
-        except OSError as error:
-            raise StateError(f"state file: {error.strerror}") from error
-
     def make_room(self, records: int) -> None:
         """Have the disk keep space for this many records.  Raises StateError when it is full."""
         need = FIRST_RECORD + -(-records // GROWTH) * GROWTH * RECORD_OCTETS
@@ -249,15 +241,15 @@ def birth_time(descriptor: int) -> int:
     return int(result.birth_seconds) * 1_000_000_000 + int(result.birth_nanoseconds)
 
 
-def machine_identity(path: Path = Path("/etc/machine-id")) -> bytes:
+def machine_identity() -> bytes:
     """SHA-256 of the machine's id; 32 zero octets when it has none (a container, an image not yet booted)."""
     try:
-        text = path.read_text("ascii").strip()
+        text = Path("/etc/machine-id").read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return bytes(32)
     return hashlib.sha256(text.encode()).digest() if text and text != "uninitialized" else bytes(32)
 
 
-def boot_identity(path: Path = Path("/proc/sys/kernel/random/boot_id")) -> bytes:
+def boot_identity() -> bytes:
     """16 octets that are new at each boot."""
-    return bytes.fromhex(path.read_text("ascii").strip().replace("-", ""))
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip().replace("-", ""))

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from ipsecq.counters import Counter
 from ipsecq.daemon import content as files
 from ipsecq.daemon import offloads, privileges, socketstore
 from ipsecq.daemon.authority import Authority
@@ -454,10 +453,6 @@ class Supervisor:
         """The path MTU that workers know."""
         self._path_mtu.advance(time.time())
         return self._path_mtu.mtu_of(dst)
-
-    def total(self, counter: Counter) -> int:
-        """One counter, summed over the workers."""
-        return sum(worker.counters[counter] for worker in self.pool.workers)
 
 
 def _reported_key(report: dict[str, Any]) -> SaKey:

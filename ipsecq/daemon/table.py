@@ -19,7 +19,7 @@ import mmap
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -155,12 +155,6 @@ class SharedTable:
         self._retired[slot] = None
         while len(self._retired) > RETIRED_LIMIT:
             self._part_with(next(iter(self._retired)))
-
-    def slots(self) -> Iterator[tuple[int, bytes]]:
-        """All blocks in use, as (slot, fingerprint)."""
-        for digest, slot in self._by_fingerprint.items():
-            if self.words[slot + _B_STATE] == _USED:
-                yield slot, digest
 
     def fingerprint_of(self, slot: int) -> bytes:
         """The 32 octets that :meth:`allocate` was given for this slot."""

@@ -195,7 +195,6 @@ class Enc0:
         """Packets that entered as a part of another."""
         self.name, self.vnet_hdr = name, vnet_hdr
         self.errors: dict[int, int] = {}
-        self.discarded = 0
         self.fd = open_queue(name, vnet_hdr, self.offloads)
         self.datagrams = vnet_hdr and _takes_datagrams(self.fd, self.offloads)
         """The kernel takes UDP super-packets."""
@@ -308,7 +307,6 @@ class Enc0:
                 self._count(error)
                 break
             count += 1
-        self.discarded += count
         return count
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.ipsecdev import Routed
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
-from ipsecq.datapath.queue import Queue
+from ipsecq.datapath.queue import BATCH, Queue
 from ipsecq.datapath.ring import FRAME, PacketRing
 from ipsecq.datapath.tap import Taps
 from ipsecq.datapath.udp import UdpOutput
@@ -97,7 +97,7 @@ class FastPath:
 
     def register(self, queue: Queue) -> None:
         """Serve this queue."""
-        self._path.register(queue.fd, queue.vector, queue.batch, queue.verdict_header)
+        self._path.register(queue.fd, queue.vector, BATCH, queue.verdict_header)
         self._places[queue] = len(self._places)
 
     def register_ring(self, ring: PacketRing) -> None:

@@ -28,10 +28,9 @@ class PathMtu:
     ``advance(now)`` tells the time; the look-ups themselves take none, so that they fit the engine's callbacks.
     """
 
-    def __init__(self, *, mark: int = 0, cache_seconds: float = CACHE_SECONDS) -> None:
+    def __init__(self, *, mark: int = 0) -> None:
         """``mark`` is the mark of our output, so that policy routing gives the same route."""
         self._mark = mark
-        self._cache_seconds = cache_seconds
         self._now = 0.0
         self.version = 0
         """Changes when answers may have changed before their time."""
@@ -45,14 +44,14 @@ class PathMtu:
     def mtu_of(self, dst: bytes) -> int:
         """The largest datagram, in octets, that the path to a packed address is known to carry."""
         found = self._cached.get(dst)
-        if found is None or not 0.0 <= self._now - found[0] < self._cache_seconds:
+        if found is None or not 0.0 <= self._now - found[0] < CACHE_SECONDS:
             found = self._ask(dst)
         return found[1]
 
     def source_for(self, dst: bytes) -> bytes:
         """This host's own address towards a packed address; all zeros when there is no route."""
         found = self._cached.get(dst)
-        if found is None or not 0.0 <= self._now - found[0] < self._cache_seconds:
+        if found is None or not 0.0 <= self._now - found[0] < CACHE_SECONDS:
             found = self._ask(dst)
         return found[2]
 
@@ -83,7 +82,7 @@ class PathMtu:
     def until(self, dst: bytes) -> float:
         """When the answer about ``dst`` has to be asked for again, Unix seconds."""
         found = self._cached.get(dst)
-        return found[0] + self._cache_seconds if found is not None else 0.0
+        return found[0] + CACHE_SECONDS if found is not None else 0.0
 
     def _ask(self, dst: bytes) -> tuple[float, int, bytes]:
         mtu, source = self._route(dst)

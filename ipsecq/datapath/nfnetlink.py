@@ -49,7 +49,6 @@ NFQA_CFG_F_SECCTX: Final = 16
 NF_DROP: Final = 0
 NF_ACCEPT: Final = 1
 NF_QUEUE: Final = 3
-NF_REPEAT: Final = 4
 
 PAYLOAD_MAX: Final = 0xFFFF - 4
 """Longest payload of one message: the 16-bit length of the attribute counts its own header."""
@@ -60,11 +59,11 @@ _FIRST: Final = 20
 """Offset of the first attribute: netlink header and nfgenmsg."""
 
 
-def message(kind: int, flags: int, sequence: int, queue: int, attributes: bytes, family: int = 0) -> bytes:
+def message(kind: int, flags: int, sequence: int, queue: int, attributes: bytes) -> bytes:
     """One nfnetlink message for a queue."""
     length = _FIRST + len(attributes)
     # res_id is the queue number in network order.
-    header = _HEADER.pack(length, kind, flags, sequence, 0, family, 0, socket.htons(queue))
+    header = _HEADER.pack(length, kind, flags, sequence, 0, 0, 0, socket.htons(queue))
     return header + attributes + b"\0" * (-length & 3)
 
 

@@ -36,12 +36,12 @@ class RawOutput:
     IPv6 link-local destination when ``link_scope`` is 0.
     """
 
-    def __init__(self, mark_done: int, *, link_scope: int = 0, send_buffer: int = SEND_BUFFER) -> None:
+    def __init__(self, mark_done: int, *, link_scope: int = 0) -> None:
         """Open the sockets in this network namespace.  ``link_scope``: interface index for link-local destinations."""
         self.too_big: list[bytes] = []
         self.errors: dict[int, int] = {}
         self._scope = link_scope
-        self._sockets = [_raw(socket.AF_INET, mark_done, send_buffer), _raw(socket.AF_INET6, mark_done, send_buffer)]
+        self._sockets = [_raw(socket.AF_INET, mark_done), _raw(socket.AF_INET6, mark_done)]
         self._vector = SendVector()
         self._texts: dict[bytes, tuple[str, int]] = {}
         self._names4 = _Names(socket.AF_INET, 0)
@@ -178,13 +178,13 @@ def _link_local(address: bytes) -> bool:
     return len(address) == 16 and address[0] == 0xFE and address[1] & 0xC0 == 0x80
 
 
-def _raw(family: int, mark: int, send_buffer: int) -> socket.socket:
+def _raw(family: int, mark: int) -> socket.socket:
     raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
     raw.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
     try:
-        raw.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, send_buffer)
+        raw.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER)
     except OSError:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if family == socket.AF_INET:
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
     else:

@@ -91,7 +91,6 @@ class Queue:
         copy_range: int = nl.PAYLOAD_MAX,
         gso: bool = False,
         receive_buffer: int = RECEIVE_BUFFER,
-        batch: int = BATCH,
         room: Queue | None = None,
     ) -> None:
         """Bind queue ``number`` of this network namespace.
@@ -100,7 +99,6 @@ class Queue:
         NetfilterError when another process has it or the kernel has no NFQUEUE.
         """
         self.number = number
-        self.batch = batch
         self.overruns = 0
         """Reads that answered ENOBUFS (only where NETLINK_NO_ENOBUFS cannot be set)."""
         self.errors = 0
@@ -126,7 +124,7 @@ class Queue:
         self._run = (-1, 0, 0)
         self._batch_header = nl.message(nl.NFQNL_MSG_VERDICT_BATCH, nl.NLM_F_REQUEST, 0, number, b"")[4:]
         self._layouts: list[nl.Layout] = []
-        self._vector: ReceiveVector = ReceiveVector(self.fd, batch, nl.PAYLOAD_MAX + 512, room._vector if room else None)
+        self._vector: ReceiveVector = ReceiveVector(self.fd, BATCH, nl.PAYLOAD_MAX + 512, room._vector if room else None)
         try:
             self._configure(max_length, copy_range, gso, receive_buffer)
         except BaseException:
@@ -211,7 +209,7 @@ class Queue:
     # -- packets -----------------------------------------------------------------------------------------------
 
     def read(self) -> list[Packet]:
-        """Read what is there, at most ``batch`` packets; never waits.
+        """Read what is there, at most :data:`BATCH` packets; never waits.
 
         The payloads are views of buffers that the next ``read`` overwrites.  Packets that were cut off get their
         verdict (drop) here and are not in the list.
@@ -270,7 +268,7 @@ class Queue:
 
     @property
     def vector(self) -> int:
-        """Where the batch's message headers lie (struct mmsghdr, :attr:`batch` of them)."""
+        """Where the batch's message headers lie (struct mmsghdr, :data:`BATCH` of them)."""
         return self._vector.address
 
     @property
@@ -318,29 +316,10 @@ class Queue:
         if self._pending:
             self._send(b"")
 
-    def accept_batch(self, last: int) -> None:
-        """Accept everything outstanding up to the packet ``last``, at once."""
-        self._send(self._encode(nl.NF_ACCEPT, last, -1))
-
-    def drop_batch(self, last: int) -> None:
-        """Drop everything outstanding up to the packet ``last``, at once."""
-        self._send(self._encode(nl.NF_DROP, last, -1))
-
-    def mark_batch(self, last: int, mark: int) -> None:
-        """Accept everything outstanding up to the packet ``last`` with a new mark, at once."""
-        self._send(self._encode(nl.NF_ACCEPT, last, mark))
-
-    def send_verdict(self, cookie: int, verdict: int, *, mark: int = -1, payload: bytes | None = None) -> None:
-        """Answer one packet at once, whatever is outstanding before it; ``payload`` replaces the packet.
-
-        The kernel refuses a new payload for super-packets (NFQA_SKB_GSO).
-        """
-        attributes = nl.attribute(nl.NFQA_VERDICT_HDR, nl.be32(verdict) + cookie.to_bytes(4, _NATIVE))
-        if mark >= 0:
-            attributes += nl.attribute(nl.NFQA_MARK, nl.be32(mark))
-        if payload is not None:
-            attributes += nl.attribute(nl.NFQA_PAYLOAD, payload)
-        self._send(nl.message(nl.NFQNL_MSG_VERDICT, nl.NLM_F_REQUEST, 0, self.number, attributes))
+    def send_verdict(self, cookie: int, verdict: int) -> None:
+        """Answer one packet at once, whatever is outstanding before it."""
+        answer = nl.attribute(nl.NFQA_VERDICT_HDR, nl.be32(verdict) + cookie.to_bytes(4, _NATIVE))
+        self._send(nl.message(nl.NFQNL_MSG_VERDICT, nl.NLM_F_REQUEST, 0, self.number, answer))
 
     def add_requeue(self, cookie: int, number: int) -> None:
         """Note that a packet goes to another queue, where (``gso`` off) the kernel segments it, as only it can."""

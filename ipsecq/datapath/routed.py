@@ -77,9 +77,8 @@ class RoutedTunnels:
         *,
         gso: bool = True,
         coalescing: bool = True,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._engine, self._counters, self._clock = engine, counters, clock
+        self._engine, self._counters = engine, counters
         self._is_mine, self._gso, self._coalescing = is_mine, gso, coalescing
         self._entries: dict[int, _Entry] = {}
         """By reqid."""
@@ -165,7 +164,7 @@ class RoutedTunnels:
             return True
         if not batch:
             return True
-        now, engine = self._clock(), self._engine
+        now, engine = time.time(), self._engine
         engine.through(entry.interface)
         try:
             self._seal(entry, batch, now, emit, send)
@@ -244,7 +243,7 @@ class RoutedTunnels:
         """Packets that waited too long."""
         for entry in self._entries.values():
             if entry.holder.waiting:
-                self._counters[Counter.OUT_NOSA] += entry.holder.expire(self._clock())
+                self._counters[Counter.OUT_NOSA] += entry.holder.expire(time.time())
 
     def retry_held(self, emit: Emissions) -> int:
         """Try them again, after an SA came: how many found their way.  The caller sends what was emitted."""
@@ -256,7 +255,7 @@ class RoutedTunnels:
             if not entry.device.is_up():
                 self._counters[Counter.OUT_NOSA] += len(waiting)
                 continue
-            now = self._clock()
+            now = time.time()
             self._engine.through(entry.interface)
             try:
                 for since, packet, _ in waiting:

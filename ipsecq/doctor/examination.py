@@ -8,7 +8,7 @@ from typing import Any
 from ipsecq.doctor import firewall, interfaces, machine, routes, rules, running
 from ipsecq.doctor.finding import Finding, Grade
 from ipsecq.errors import IpsecqError
-from ipsecq.netfilter.capabilities import Capabilities, detect
+from ipsecq.netfilter.capabilities import detect
 from ipsecq.netfilter.links import is_local
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.model import Policy
@@ -26,7 +26,6 @@ def examine(
     status: dict[str, Any] | None = None,
     knobs: Mapping[str, int] | None = None,
     *,
-    capabilities: Capabilities | None = None,
     probe: bool = False,
 ) -> list[Finding]:
     """Look at everything.
@@ -34,7 +33,7 @@ def examine(
     ``status`` and ``knobs`` are the running daemon's, None without one; ``probe``: ping the peers.
     """
     settings = settings or NetfilterSettings()
-    capabilities = capabilities or detect()
+    capabilities = detect()
     if status is not None:
         policies = live_policies(status) or policies
     findings = machine.examine(settings, policies, capabilities)

@@ -11,9 +11,6 @@ from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView
 
-MAX_TRANSFORMS = 4
-"""Transforms that one policy may name (BSD's limit)."""
-
 _BUNDLED: Final = int(Counter.OUT_BUNDLESA)
 
 

@@ -21,7 +21,6 @@ from ipsecq.engine.tables import Tables
 from ipsecq.numbers import IPPROTO_UDP, Protocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.coalesce import Run
-from ipsecq.packet.fragments import Reassembler
 from ipsecq.packet.rows import MIN_ROWS, unite
 from ipsecq.transforms import natt
 
@@ -45,8 +44,8 @@ _IN_DELIVERED: Final = int(Counter.IN_DELIVERED)
 class InboundRuns(Inbound):
     """An inbound side that takes runs.  With ``unite`` packets that follow one another come out as one."""
 
-    def __init__(self, tables: Tables, reassembler: Reassembler | None = None, *, unite: bool = False) -> None:
-        super().__init__(tables, reassembler)
+    def __init__(self, tables: Tables, *, unite: bool = False) -> None:
+        super().__init__(tables)
         self._unite = unite
 
     def process_run(self, packets: Sequence[Buffer], now: float, emit: Emissions) -> int:

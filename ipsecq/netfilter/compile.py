@@ -87,7 +87,7 @@ def compile_ruleset(
 
     ``guarded`` maps interface indexes to names: devices that get an egress chain; outbound protected traffic to any
     other device is dropped.  The chains ``worker_*`` come blocked (drop); :class:`~ipsecq.netfilter.load.Loader`
-    puts the queue statements in.  ``plan`` must be new; it is what :func:`compile_update` continues from.
+    puts the queue statements in.  ``plan`` must be new; :meth:`Plan.update` continues from it.
     ``sockets`` are the policies of sockets by mark.
     """
     plan = plan if plan is not None else Plan(settings.table, settings.workers, settings.lanes)
@@ -99,16 +99,11 @@ def compile_ruleset(
     return "\n".join(lines) + "\n" + compile_egress(guarded or {}, settings)
 
 
-def compile_update(policies: Iterable[Policy], settings: NetfilterSettings, sysctl: Sysctl, plan: Plan) -> str:
-    """One transaction from what ``plan`` describes to these policies and knobs; worker chains stay as they are.
-
-    Costs set commands for what changed only; with nothing changed it rewrites the two default chains, no more.
-    """
-    return compile_commands(plan.update(policies, sysctl), settings, sysctl)
-
-
 def compile_commands(commands: Iterable[str], settings: NetfilterSettings, sysctl: Sysctl) -> str:
-    """The same from the commands of :meth:`Plan.update`."""
+    """One transaction from what a plan describes to other policies and knobs; worker chains stay as they are.
+
+    ``commands`` are those of :meth:`Plan.update`: for what changed only.  With none it rewrites the two default chains.
+    """
     return "\n".join([*commands, *defaults(settings, sysctl)]) + "\n"
 
 

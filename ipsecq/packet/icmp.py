@@ -23,16 +23,9 @@ IPV4_QUOTE: Final = 576
 
 UNREACHABLE_V4: Final = 3
 FRAGMENTATION_NEEDED: Final = 4
-TIME_EXCEEDED_V4: Final = 11
 _ERRORS_V4: Final = frozenset({3, 4, 5, 11, 12})
 
-UNREACHABLE_V6: Final = 1
 TOO_BIG_V6: Final = 2
-TIME_EXCEEDED_V6: Final = 3
-
-PROHIBITED_V4: Final = 13
-PROHIBITED_V6: Final = 1
-"""Codes of :func:`unreachable` that say "communication administratively prohibited"."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -72,8 +65,10 @@ class IcmpError:
 def too_big(packet: Buffer, mtu: int, source: bytes) -> bytes:
     """The error that tells ``packet``'s sender to send at most ``mtu`` octets: ICMP 3/4 or ICMPv6 2.
 
-    ``source`` is the packed address that sends it.  b"" where no error may be sent (see :func:`unreachable`).  The MTU
-    is told as it is: not to ask an IPv6 sender for less than 1280 octets is the caller's affair.
+    ``source`` is the packed address that sends it.  The MTU is told as it is: not to ask an IPv6 sender for less than
+    1280 octets is the caller's affair.  b"" where no error may be sent: about an ICMP error or redirect, a fragment other
+    than the first, a packet from a multicast or to or from a broadcast address, from the unspecified or a loopback
+    address, IPv4 multicast, a malformed packet, or if ``source`` is of the other IP version.
     """
     view = PacketView()
     if not view.load(packet):
@@ -83,29 +78,8 @@ def too_big(packet: Buffer, mtu: int, source: bytes) -> bytes:
     return _error(packet, view, TOO_BIG_V6, 0, mtu, source)
 
 
-def unreachable(packet: Buffer, code: int, source: bytes) -> bytes:
-    """The error that ``packet`` cannot be delivered: ICMP type 3 or ICMPv6 type 1 with this code.
-
-    b"" where no error may be sent: about an ICMP error or redirect, a fragment other than the first, a packet to or
-    from a multicast or broadcast address, from the unspecified or a loopback address, a malformed packet, or if
-    ``source`` is of the other IP version.
-    """
-    view = PacketView()
-    if not view.load(packet):
-        return b""
-    return _error(packet, view, UNREACHABLE_V4 if view.version == 4 else UNREACHABLE_V6, code, 0, source)
-
-
-def time_exceeded(packet: Buffer, source: bytes, *, code: int = 0) -> bytes:
-    """The error that ``packet``'s TTL ran out (code 1: its reassembly time); b"" as for :func:`unreachable`."""
-    view = PacketView()
-    if not view.load(packet):
-        return b""
-    return _error(packet, view, TIME_EXCEEDED_V4 if view.version == 4 else TIME_EXCEEDED_V6, code, 0, source)
-
-
 def _error(packet: Buffer, view: PacketView, kind: int, code: int, word: int, source: bytes) -> bytes:
-    if len(source) != len(view.src) or not _may_answer(view, kind):
+    if len(source) != len(view.src) or not _may_answer(view):
         return b""
     if view.version == 4:
         quote = packet[: min(view.length, IPV4_QUOTE - 28)]
@@ -121,7 +95,7 @@ def _error(packet: Buffer, view: PacketView, kind: int, code: int, word: int, so
     return b"".join((head, body[:2], _U16.pack(value), body[4:]))
 
 
-def _may_answer(view: PacketView, kind: int) -> bool:
+def _may_answer(view: PacketView) -> bool:
     """RFC 1812 section 4.3.2.7, RFC 4443 section 2.4 (e)."""
     src, dst = view.src, view.dst
     if view.fragment_word & 0x1FFF:
@@ -133,9 +107,8 @@ def _may_answer(view: PacketView, kind: int) -> bool:
         return not (src[0] in {0, 127} or src[0] >= 224 or dst[0] >= 224)
     if view.protocol == IPPROTO_ICMPV6 and (view.sport < 128 or view.sport == 137 or view.length < view.offset + 4):
         return False
-    if src[0] == 0xFF or not any(src[:15]):  # multicast, :: and ::1
-        return False
-    return dst[0] != 0xFF or kind == TOO_BIG_V6  # path MTU discovery works for multicast, too
+    # From multicast, :: and ::1.  What goes to multicast is answered: path MTU discovery works for it, too.
+    return src[0] != 0xFF and any(src[:15])
 
 
 def parse_error(packet: Buffer) -> IcmpError | None:

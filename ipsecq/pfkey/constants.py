@@ -88,8 +88,6 @@ FLAGS_KEPT: Final = {
 }
 """What a reply repeats of the flags of an SA; FreeBSD's is SADB_KEY_FLAGS_MAX."""
 
-AALG_NULL: Final = 251
-EALG_NULL: Final = 11
 CALG_MAX: Final = 4
 ALG_MAX: Final = {Dialect.LINUX: (251, 253), Dialect.FREEBSD: (252, 250)}
 """Highest authentication and encryption number that is not refused with EINVAL before it is looked up."""
@@ -102,13 +100,11 @@ DIR_OUT: Final = 2
 DIR_FWD: Final = 3
 """Linux's third direction, ``IPSEC_DIR_FWD``: a forwarded packet.  BSD's *in* means those too."""
 
-MODE_BEET: Final = 3
 ULPROTO_ANY: Final = 255
 MANUAL_REQID_MAX: Final = 0x3FFF
 """Reqids up to this one are the operator's; the server draws from above it for ``unique`` without a number."""
 
 SPI_MIN: Final = 0x100
-SPI_MAX: Final = 0x0FFFFFFF
 CPI_MAX: Final = 0xEFFF
 """RFC 3173 section 3.3: 256 to 61439 are for negotiated CPIs."""
 

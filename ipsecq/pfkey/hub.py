@@ -55,10 +55,6 @@ class Hub:
         """To the clients that registered for ``satype``, and to ``also``, once."""
         self._send(make, lambda client: bool(client.registered >> satype & 1), also)
 
-    def to_promiscuous(self, make: Maker) -> None:
-        """To the promiscuous clients only: they see requests too."""
-        self._send(make, lambda _: False, None)
-
     def anyone_registered(self, satype: int) -> bool:
         """Is there a client to send an SADB_ACQUIRE for ``satype`` to?"""
         return any(client.registered >> satype & 1 for client in self.clients.values())

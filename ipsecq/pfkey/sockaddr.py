@@ -16,11 +16,6 @@ _LENGTH: Final = {4: 16, 16: 28}
 _PORT: Final = struct.Struct("!H")
 
 
-def length_for(address: bytes) -> int:
-    """Octets of the sockaddr that holds ``address`` (4 or 16 octets), before any padding."""
-    return _LENGTH[len(address)]
-
-
 def build(address: bytes, port: int, dialect: Dialect) -> bytes:
     """A sockaddr_in or sockaddr_in6, unpadded: 16 or 28 octets.  ``port`` in host order."""
     six = len(address) == 16

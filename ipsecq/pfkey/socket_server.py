@@ -113,10 +113,6 @@ class PfkeySocketServer:
             if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR) and fd in self._connections:
                 self._read(connection, events)
 
-    def on_tick(self) -> None:
-        """To be called about once a second: larval SAs die."""
-        self.send(self.server.tick())
-
     def send(self, datagrams: Datagrams) -> None:
         """Send what the server's event methods (acquire, expire, …) returned."""
         touched = set()

@@ -7,7 +7,6 @@ number space, as in FreeBSD, so that key management replaces it before it stops.
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from ipsecq.numbers import Protocol, SaState
@@ -51,24 +50,6 @@ def judge(sa: SecurityAssociation, words: memoryview, now: float) -> SaState:
     ):
         return SaState.DYING
     return SaState.MATURE
-
-
-def next_deadline(sa: SecurityAssociation, words: memoryview) -> float:
-    """Return the next moment (Unix seconds) at which :func:`judge` changes its mind by time alone; inf if never.
-
-    Before it, only traffic can age the SA.  Deadlines that have passed already count, so that a timer fires at once.
-    """
-    if sa.state is SaState.LARVAL or sa.state is SaState.DEAD:
-        return math.inf
-    first_use = words[sa.slot + _FIRST_USE]
-    limits = (sa.hard,) if sa.state is SaState.DYING else (sa.soft, sa.hard)
-    deadline = math.inf
-    for limit in limits:
-        if limit.addtime:
-            deadline = min(deadline, sa.created + limit.addtime)
-        if limit.usetime and first_use:
-            deadline = min(deadline, first_use + limit.usetime)
-    return deadline
 
 
 def _reached(limit: Lifetime, created: float, packets: int, octets: int, first_use: int, now: float) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Reversible
 from typing import Final
 
 from ipsecq.errors import SadError
-from ipsecq.numbers import Mode, Protocol, SaState
+from ipsecq.numbers import Protocol, SaState
 from ipsecq.sa.association import SaKey, SecurityAssociation
 
 WELL_KNOWN_CPI: Final = {1: "oui", 2: "deflate", 3: "lzs", 4: "lzjh"}
@@ -206,16 +206,6 @@ class Sad:
             self._remove(sa)
         return gone
 
-    def free_spi(self, dst: bytes, protocol: int, candidates: Iterable[int]) -> int:
-        """Return the first of ``candidates`` that is free for (dst, protocol) (SADB_GETSPI).
-
-        The caller draws the candidates at random from the range asked for.  SadError EEXIST when all are taken.
-        """
-        for spi in candidates:
-            if SaKey(dst, protocol, spi) not in self._by_key:
-                return spi
-        raise SadError("every SPI of the range is in use: ask for a larger range", errno.EEXIST)
-
     def copy(self) -> Sad:
         """Return a SAD with the same SAs, for changes that are to be made as a whole or not at all."""
         other = Sad()
@@ -291,8 +281,3 @@ def _outbound_keys(sa: SecurityAssociation) -> tuple[_OutboundKey, ...]:
     """Where policies with the SA's reqid look, and those without any."""
     protocol, src, dst, reqid = own = _outbound_key(sa)
     return ((protocol, src, dst, 0), own) if reqid else (own,)
-
-
-def mode_matches(policy_mode: Mode, sa_mode: Mode) -> bool:
-    """Return whether an SA of ``sa_mode`` serves a transform of ``policy_mode``: ``any`` goes with every mode."""
-    return policy_mode is Mode.ANY or sa_mode is Mode.ANY or policy_mode is sa_mode

@@ -178,7 +178,7 @@ class Server:
                     return
                 self.jobs.get()(self.sockets)
             self.sockets.on_readable()
-            self.sockets.on_tick()
+            self.sockets.send(self.server.tick())
 
     def call(self, job):
         """Run ``job(sockets)`` in the server's thread, as an event of the daemon would."""

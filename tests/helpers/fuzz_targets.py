@@ -99,11 +99,10 @@ def packet(data: bytes) -> None:
     assert data[view.nexthdr_offset] == view.protocol
     assert len(extensions.final_destination(data, view)) == len(view.dst)
     own = SRC4 if view.version == 4 else SRC6
-    for made in (icmp.too_big(data, 1400, own), icmp.unreachable(data, 1, own), icmp.time_exceeded(data, own)):
-        if made:
-            told = icmp.parse_error(made)
-            # A quotation that was cut within its extension headers cannot be read again.
-            assert told is not None or view.offset > view.header_length or view.length > 500
+    if made := icmp.too_big(data, 1400, own):
+        told = icmp.parse_error(made)
+        # A quotation that was cut within its extension headers cannot be read again.
+        assert told is not None or view.offset > view.header_length or view.length > 500
     completed = checksum.complete(data)
     if view.protocol in (6, 17) and completed and not view.is_fragment and len(completed) == view.length:
         checksum.verify_transport(completed)

@@ -13,8 +13,7 @@ def test_readiness_and_watchdog_reach_the_manager(tmp_path, monkeypatch):
         monkeypatch.setenv("WATCHDOG_USEC", "2500000")
         monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
         notifier = Notifier()
-        assert notifier.watchdog_seconds == 2.5
-        assert "NOTIFY_SOCKET" not in os.environ, "workers must not inherit it"
+        assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ), "workers must not inherit them"
         notifier.ready("serving")
         assert manager.recv(100) == b"READY=1\nSTATUS=serving"
         notifier.feed()
@@ -28,9 +27,3 @@ def test_without_a_manager_nothing_happens(monkeypatch, tmp_path):
     Notifier().ready("x")
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     Notifier().ready("x")
-
-
-def test_another_process_watchdog_is_not_ours(monkeypatch):
-    monkeypatch.setenv("WATCHDOG_USEC", "1000")
-    monkeypatch.setenv("WATCHDOG_PID", "1")
-    assert Notifier().watchdog_seconds == 0.0

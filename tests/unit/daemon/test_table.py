@@ -43,7 +43,6 @@ def test_a_restarted_daemon_finds_windows_and_counters_again(path):
         table.words[slot + Slot.WINDOW] = number
     table.close()
     again = SharedTable.open(path, BOOT, capacity=1 << 16)
-    assert list(again.slots()) == []
     for number, slot in slots.items():
         assert again.allocate(digest(number), 64) == slot
         assert again.words[slot + Slot.BYTES] == number * 10
@@ -74,7 +73,6 @@ def test_a_deleted_sa_that_returns_keeps_its_replay_window(path):
     slot = table.allocate(digest(1), 64)
     table.words[slot + Slot.WINDOW] = 5
     table.retire(slot)
-    assert list(table.slots()) == []
     other = table.allocate(digest(2), 64)
     assert other != slot
     assert table.allocate(digest(1), 64) == slot

@@ -7,13 +7,12 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scapy.layers.inet import ICMP, IP, TCP, UDP, ICMPerror, IPerror, UDPerror
+from scapy.layers.inet import ICMP, IP, UDP, ICMPerror, IPerror, UDPerror
 from scapy.layers.inet6 import (
     ICMPv6DestUnreach,
     ICMPv6EchoRequest,
     ICMPv6ND_Redirect,
     ICMPv6PacketTooBig,
-    ICMPv6TimeExceeded,
     IPv6,
     IPv6ExtHdrDestOpt,
     IPv6ExtHdrFragment,
@@ -54,17 +53,9 @@ def test_icmpv6_too_big_quotes_up_to_the_minimum_mtu():
 
 def test_a_short_packet_is_quoted_whole_and_without_its_trailer():
     packet = bytes(IP(**V4) / UDP() / Raw(b"data"))
-    assert icmp.unreachable(packet + b"trailer", 13, GW4)[28:] == packet
+    assert icmp.too_big(packet + b"trailer", 1300, GW4)[28:] == packet
     packet = bytes(IPv6(**V6) / UDP() / Raw(b"data"))
-    assert icmp.unreachable(packet + b"trailer", 1, GW6)[48:] == packet
-
-
-def test_unreachable_and_time_exceeded_have_the_numbers_of_their_version():
-    four, six = bytes(IP(**V4) / TCP()), bytes(IPv6(**V6) / TCP())
-    assert (IP(icmp.unreachable(four, 13, GW4))[ICMP].type, IP(icmp.unreachable(four, 13, GW4))[ICMP].code) == (3, 13)
-    assert IPv6(icmp.unreachable(six, 1, GW6))[ICMPv6DestUnreach].code == 1
-    assert IP(icmp.time_exceeded(four, GW4))[ICMP].type == 11
-    assert IPv6(icmp.time_exceeded(six, GW6, code=1))[ICMPv6TimeExceeded].code == 1
+    assert icmp.too_big(packet + b"trailer", 1300, GW6)[48:] == packet
 
 
 FORBIDDEN = {
@@ -83,7 +74,6 @@ FORBIDDEN = {
     "later fragment 6": IPv6(**V6) / IPv6ExtHdrFragment(offset=1, nh=17) / Raw(bytes(8)),
     "from multicast 6": IPv6(src="ff02::1", dst="2001:db8::1") / UDP(),
     "from nobody 6": IPv6(src="::", dst="2001:db8::1") / UDP(),
-    "to multicast 6": IPv6(src="2001:db8::1", dst="ff02::1") / UDP(),
     "junk": Raw(b"junk"),
 }
 
@@ -92,24 +82,21 @@ FORBIDDEN = {
 def test_no_error_is_sent_about(name):
     octets = bytes(FORBIDDEN[name])
     source = GW6 if "6" in name or "extension" in name else GW4
-    assert icmp.unreachable(octets, 1, source) == b""
-    assert icmp.time_exceeded(octets, source) == b""
-    if name != "to multicast 6":
-        assert icmp.too_big(octets, 1300, source) == b""
+    assert icmp.too_big(octets, 1300, source) == b""
 
 
 def test_too_big_is_sent_about_ipv6_multicast():
-    assert icmp.too_big(bytes(FORBIDDEN["to multicast 6"]), 1300, GW6) != b""
+    assert icmp.too_big(bytes(IPv6(src="2001:db8::1", dst="ff02::1") / UDP()), 1300, GW6) != b""
 
 
 def test_questions_and_first_fragments_are_answered():
-    assert icmp.unreachable(bytes(IP(**V4) / ICMP()), 1, GW4) != b""
-    assert icmp.unreachable(bytes(IP(**V4, flags="MF") / UDP() / Raw(bytes(8))), 1, GW4) != b""
-    assert icmp.unreachable(bytes(IPv6(**V6) / ICMPv6EchoRequest()), 1, GW6) != b""
+    assert icmp.too_big(bytes(IP(**V4) / ICMP()), 1300, GW4) != b""
+    assert icmp.too_big(bytes(IP(**V4, flags="MF") / UDP() / Raw(bytes(8))), 1300, GW4) != b""
+    assert icmp.too_big(bytes(IPv6(**V6) / ICMPv6EchoRequest()), 1300, GW6) != b""
 
 
 def test_a_source_of_the_other_version_sends_nothing():
-    assert icmp.unreachable(bytes(IP(**V4) / UDP()), 1, GW6) == b""
+    assert icmp.too_big(bytes(IP(**V4) / UDP()), 1300, GW6) == b""
 
 
 def test_scapys_error_about_esp_is_read():
@@ -142,7 +129,11 @@ def test_an_error_of_ours_is_read_back_with_its_ports():
         error = icmp.parse_error(icmp.too_big(octets, 1400, source))
         assert error is not None
         assert (error.mtu, error.sport, error.dport, error.protocol, error.spi) == (1400, 500, 4500, 17, 0)
-        other = icmp.parse_error(icmp.unreachable(octets, 3, source))
+
+
+def test_an_error_of_another_kind_tells_no_mtu():
+    for outer, packet in ((IP(**V4) / ICMP(type=3, code=3), IP(**V4)), (IPv6(**V6) / ICMPv6DestUnreach(code=3), IPv6(**V6))):
+        other = icmp.parse_error(bytes(outer / (packet / UDP(sport=500, dport=4500) / Raw(bytes(30)))))
         assert other is not None
         assert (other.code, other.mtu, other.too_big) == (3, 0, False)
 

@@ -1,13 +1,12 @@
 """Lifetimes: every limit on its own, at its edge."""
 
-import math
 from dataclasses import replace
 
 import pytest
 
 from ipsecq.numbers import Protocol, SaState
 from ipsecq.sa.association import SLOT_HEADER_WORDS, Lifetime, SecurityAssociation, Slot
-from ipsecq.sa.lifetime import SOFT_SEQUENCE, judge, next_deadline
+from ipsecq.sa.lifetime import SOFT_SEQUENCE, judge
 
 SA = SecurityAssociation(Protocol.ESP, 0x100, bytes(4), bytes(4), created=1000.0, slot=0)
 
@@ -45,7 +44,6 @@ def test_usetime_does_not_run_before_the_first_packet():
 
 def test_no_limits_means_no_end():
     assert judge(SA, slot(packets=1 << 60, bytes=1 << 63, first_use=1), 1e10) is SaState.MATURE
-    assert next_deadline(SA, slot()) == math.inf
 
 
 def test_an_sa_with_32_bit_numbers_gets_old_at_80_percent():
@@ -60,17 +58,3 @@ def test_an_sa_never_gets_younger():
     assert judge(replace(SA, state=SaState.LARVAL), slot(), 1000) is SaState.LARVAL
     assert judge(SA, slot(state=int(SaState.DYING)), 1000) is SaState.DYING
     assert judge(SA, slot(state=int(SaState.DEAD)), 1000) is SaState.DEAD
-
-
-def test_the_deadline_is_the_moment_at_which_the_judgement_changes():
-    sa = replace(SA, soft=Lifetime(addtime=50, usetime=10), hard=Lifetime(addtime=100, usetime=40))
-    words = slot()
-    assert next_deadline(sa, words) == 1050
-    words[Slot.FIRST_USE] = 1020
-    assert next_deadline(sa, words) == 1030
-    assert judge(sa, words, 1029) is SaState.MATURE
-    assert judge(sa, words, 1030) is SaState.DYING
-    old = replace(sa, state=SaState.DYING)
-    assert next_deadline(old, words) == 1060
-    assert judge(old, words, 1060) is SaState.DEAD
-    assert next_deadline(replace(sa, state=SaState.DEAD), words) == math.inf

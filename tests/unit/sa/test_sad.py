@@ -158,12 +158,10 @@ def test_errors_are_those_of_rfc_2367():
         (errno.ESRCH, lambda: sad.update(sa(0x200))),
         (errno.ESRCH, lambda: sad.delete(B, 50, 0x200)),
         (errno.ESRCH, lambda: sad.delete(B, 50, 0x100, src=C)),
-        (errno.EEXIST, lambda: sad.free_spi(B, 50, [0x100])),
     ):
         with pytest.raises(SadError) as caught:
             call()
         assert caught.value.errno == number
-    assert sad.free_spi(B, 50, [0x100, 0x101]) == 0x101
     assert len(sad) == 1
 
 
