@@ -189,16 +189,7 @@ def _skeleton(settings: NetfilterSettings, sysctl: Sysctl, guarded: Mapping[int,
         yield "  oif . oifname != @guarded accept"
         yield f"  goto open_{suffix}"
         yield "}"
-    yield "chain in_clear { jump exempt_in; counter name in_clear_dropped drop; }"
-    yield "chain in_clear_open { jump exempt_in; goto clear_open; }"
-    yield "chain in_discard { jump exempt_in; counter name in_discard_dropped drop; }"
-    yield "chain out_discard { counter name out_discard_dropped drop; }"
-    for chain in ("default_in", "default_out"):
-        yield f"chain {chain} {{ }}"
-    for side in ("in", "out"):
-        yield f"chain policy_{side}_ipv4 {{ }}"
-        yield f"chain policy_{side}_ipv6 {{ }}"
-    yield from socketmaps.skeleton(settings)
+    yield from hooks.policy_chains(settings, clear_open="jump exempt_in; goto clear_open")
     yield from _spi_chain(settings)
     yield "chain exempt_in {"
     yield from hooks.ours(settings)

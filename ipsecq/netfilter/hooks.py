@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from ipsecq.netfilter import socketmaps
 from ipsecq.netfilter.settings import NetfilterSettings
 
 BY_PROTOCOL: Final = (
@@ -17,6 +18,23 @@ BY_PROTOCOL: Final = (
     "icmp : jump in_icmp, icmpv6 : jump in_icmp }"
 )
 """The rule for what is no ordinary packet; the chains that it names are each table's own."""
+
+
+def policy_chains(settings: NetfilterSettings, *, clear_open: str) -> Iterator[str]:
+    """The chains that policies, their verdicts and the base chains name.  Those of outbound workers are each table's own.
+
+    ``clear_open``: what a packet in clear gets where its policy is fail-open.
+    """
+    yield "chain in_clear { jump exempt_in; counter name in_clear_dropped drop; }"
+    yield f"chain in_clear_open {{ {clear_open}; }}"
+    yield "chain in_discard { jump exempt_in; counter name in_discard_dropped drop; }"
+    yield "chain out_discard { counter name out_discard_dropped drop; }"
+    for chain in ("default_in", "default_out"):
+        yield f"chain {chain} {{ }}"
+    for side in ("in", "out"):
+        yield f"chain policy_{side}_ipv4 {{ }}"
+        yield f"chain policy_{side}_ipv6 {{ }}"
+    yield from socketmaps.skeleton(settings)
 
 
 def interface_maps(settings: NetfilterSettings) -> Iterator[str]:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ipsecq.errors import NetfilterError
-from ipsecq.netfilter import hooks, socketmaps
+from ipsecq.netfilter import hooks
 from ipsecq.netfilter.compile import (
     compile_guard,
     compile_unguard,
@@ -144,16 +144,7 @@ class Sentinel:
             # The engine lets these pass in clear while there is no SA, and nothing on the packet tells.
             yield f"chain out_use_{suffix} {{ accept; }}"
             yield f"chain out_open_{suffix} {{ accept; }}"
-        yield "chain in_clear { jump exempt_in; counter name in_clear_dropped drop; }"
-        yield "chain in_clear_open { accept; }"
-        yield "chain in_discard { jump exempt_in; counter name in_discard_dropped drop; }"
-        yield "chain out_discard { counter name out_discard_dropped drop; }"
-        for chain in ("default_in", "default_out"):
-            yield f"chain {chain} {{ }}"
-        for side in ("in", "out"):
-            yield f"chain policy_{side}_ipv4 {{ }}"
-            yield f"chain policy_{side}_ipv6 {{ }}"
-        yield from socketmaps.skeleton(settings)
+        yield from hooks.policy_chains(settings, clear_open="accept")
         # Ours while the main table stands (it queued them); without it nobody takes them, which is not clear either.
         yield "chain in_ipsec { fib daddr type local accept; }"
         yield f"chain in_udp {{ udp dport {ports(settings)} fib daddr type local accept; }}"
