@@ -95,12 +95,9 @@ ALG_MAX: Final = {Dialect.LINUX: (251, 253), Dialect.FREEBSD: (252, 250)}
 UDP_ENCAP_ESPINUDP: Final = 2
 """``sadb_x_nat_t_type_type`` of RFC 3948, the one kind of UDP encapsulation that exists today."""
 
-DIR_IN: Final = 1
-DIR_OUT: Final = 2
 DIR_FWD: Final = 3
 """Linux's third direction, ``IPSEC_DIR_FWD``: a forwarded packet.  BSD's *in* means those too."""
 
-ULPROTO_ANY: Final = 255
 MANUAL_REQID_MAX: Final = 0x3FFF
 """Reqids up to this one are the operator's; the server draws from above it for ``unique`` without a number."""
 
@@ -108,7 +105,6 @@ SPI_MIN: Final = 0x100
 CPI_MAX: Final = 0xEFFF
 """RFC 3173 section 3.3: 256 to 61439 are for negotiated CPIs."""
 
-TRANSFORMS_MAX: Final = 4
 LARVAL_LIFETIME: Final = 30.0
 """Seconds that an SA of SADB_GETSPI, or an unanswered SADB_ACQUIRE, lives."""
 

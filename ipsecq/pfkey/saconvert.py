@@ -7,14 +7,13 @@ from typing import Final
 
 from ipsecq.crypto.registry import check_combination
 from ipsecq.errors import AlgorithmError
-from ipsecq.numbers import Mode, Protocol, SaState
+from ipsecq.numbers import IPPROTO_ANY, Mode, Protocol, SaState
 from ipsecq.pfkey import algorithms
 from ipsecq.pfkey.constants import (
     ALG_MAX,
     CALG_MAX,
     FLAGS_KEPT,
     UDP_ENCAP_ESPINUDP,
-    ULPROTO_ANY,
     Dialect,
     SaFlag,
     SaType,
@@ -166,7 +165,7 @@ def _limits_ext(limits: Lifetime) -> LifetimeExt:
 
 def host(address: bytes, dialect: Dialect) -> Address:
     """The address extension of one host, as a reply has it."""
-    return Address(address, len(address) * 8, 0 if dialect is Dialect.LINUX else ULPROTO_ANY)
+    return Address(address, len(address) * 8, 0 if dialect is Dialect.LINUX else IPPROTO_ANY)
 
 
 def from_association(

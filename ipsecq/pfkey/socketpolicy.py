@@ -17,7 +17,7 @@ from typing import Final
 from ipsecq.errors import DaemonError, IpsecqError
 from ipsecq.numbers import Action, Direction
 from ipsecq.pfkey import socketclient
-from ipsecq.pfkey.constants import DIR_IN, DIR_OUT, Dialect
+from ipsecq.pfkey.constants import Dialect
 from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.seccomp import IP_IPSEC_POLICY
@@ -28,7 +28,7 @@ from ipsecq.policy.setpolicy import PolicySpec
 
 _REMEMBERED: Final = 4096
 """Sockets with half a bypass that are remembered; the oldest are forgotten first."""
-_BOTH: Final = 1 << DIR_IN | 1 << DIR_OUT
+_BOTH: Final = 1 << Direction.IN | 1 << Direction.OUT
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,7 +75,7 @@ class SocketPolicies:
         try:
             ext = PolicyExt.from_option(request.value)
             _check_family(request)
-            if ext.direction not in (DIR_IN, DIR_OUT):
+            if ext.direction not in (Direction.IN, Direction.OUT):
                 return errno.EINVAL, b""
             if self.path is None:
                 return errno.EOPNOTSUPP, b""
@@ -119,7 +119,7 @@ class SocketPolicies:
             return errno.EOPNOTSUPP
         if bypass and not request.privileged:
             return errno.EACCES
-        direction = 1 << (DIR_OUT if spec.direction is Direction.OUT else DIR_IN)
+        direction = 1 << spec.direction
         inode = os.fstat(request.socket.fileno()).st_ino
         if self._bypassed.get(inode, 0) & direction and not request.privileged:
             return errno.EACCES  # what was set with privilege is changed with privilege, as the daemon has it
@@ -151,7 +151,7 @@ def _wanted(request: OptionRequest) -> list[PolicySpec]:
     if not request.value:
         return [PolicySpec(direction, Action.ENTRUST) for direction in Direction]
     ext = PolicyExt.from_option(request.value)
-    if ext.direction not in (DIR_IN, DIR_OUT) or ext.type > Action.BYPASS:
+    if ext.direction not in (Direction.IN, Direction.OUT) or ext.type > Action.BYPASS:
         raise PfkeyError(f"direction {ext.direction}, type {ext.type}: in and out, up to bypass (4)")
     action = Action(ext.type)
     transforms = transforms_of(ext, Dialect.LINUX) if action is Action.IPSEC else ()

@@ -5,22 +5,15 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from ipsecq.numbers import Action, Direction, Level, Mode, Protocol
-from ipsecq.pfkey.constants import (
-    DIR_FWD,
-    DIR_IN,
-    DIR_OUT,
-    MANUAL_REQID_MAX,
-    TRANSFORMS_MAX,
-    ULPROTO_ANY,
-    Dialect,
-)
+from ipsecq.numbers import IPPROTO_ANY, Action, Direction, Level, Mode, Protocol
+from ipsecq.pfkey.constants import DIR_FWD, MANUAL_REQID_MAX, Dialect
 from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import Address, LifetimeExt
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.saconvert import need_addresses
 from ipsecq.policy.model import Policy, Selector, Transform
+from ipsecq.policy.rules import MAX_TRANSFORMS
 from ipsecq.policy.setpolicy import priority_from_wire, priority_to_wire
 
 _BAD_PROTOCOL: Final = {Dialect.LINUX: errno.EINVAL, Dialect.FREEBSD: errno.EPROTONOSUPPORT}
@@ -36,7 +29,7 @@ def need_policy(message: Message) -> PolicyExt:
 
 def need_direction(policy: PolicyExt, dialect: Dialect) -> int:
     """IPSEC_DIR_IN, OUT or, of a Linux client, FWD; PfkeyError (EINVAL) for others."""
-    if policy.direction in (DIR_IN, DIR_OUT) or (policy.direction == DIR_FWD and dialect is Dialect.LINUX):
+    if policy.direction in (Direction.IN, Direction.OUT) or (policy.direction == DIR_FWD and dialect is Dialect.LINUX):
         return policy.direction
     raise PfkeyError(f"policy direction {policy.direction}: in (1) and out (2) are here")
 
@@ -45,7 +38,7 @@ def to_selector(message: Message) -> Selector:
     """The selector in the two addresses: prefixes, ports (or ICMP type and code), protocol; 0 is any."""
     src, dst = need_addresses(message)
     # Both carry the protocol; KAME's clients send the same in both, and the kernels go by the destination's.
-    protocol = dst.protocol or ULPROTO_ANY
+    protocol = dst.protocol or IPPROTO_ANY
     src_first, src_last = _range(src.address, src.prefix)
     dst_first, dst_last = _range(dst.address, dst.prefix)
     return Selector(src_first, src_last, dst_first, dst_last, protocol, *_ports(src.port), *_ports(dst.port))
@@ -68,7 +61,7 @@ def to_policy(message: Message, dialect: Dialect, now: float) -> Policy:
     selector = to_selector(message)
     if ext.type > Action.IPSEC:
         raise PfkeyError(f"policy type {ext.type}: discard (0), none (1) and ipsec (2) may be in the SPD")
-    direction = Direction.OUT if need_direction(ext, dialect) == DIR_OUT else Direction.IN
+    direction = Direction.OUT if need_direction(ext, dialect) == Direction.OUT else Direction.IN
     return Policy(
         direction, selector, Action(ext.type),
         transforms_of(ext, dialect) if ext.type == Action.IPSEC else (),
@@ -80,8 +73,8 @@ def to_policy(message: Message, dialect: Dialect, now: float) -> Policy:
 
 def transforms_of(ext: PolicyExt, dialect: Dialect) -> tuple[Transform, ...]:
     """The requests as transforms, each checked; PfkeyError as the dialect's kernel says."""
-    if len(ext.requests) > TRANSFORMS_MAX:
-        raise PfkeyError(f"{len(ext.requests)} transforms: at most {TRANSFORMS_MAX}", _TOO_MANY[dialect])
+    if len(ext.requests) > MAX_TRANSFORMS:
+        raise PfkeyError(f"{len(ext.requests)} transforms: at most {MAX_TRANSFORMS}", _TOO_MANY[dialect])
     return tuple(_transform(request, dialect) for request in ext.requests)
 
 

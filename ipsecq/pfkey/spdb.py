@@ -10,7 +10,7 @@ from ipsecq.errors import SpdError
 from ipsecq.numbers import Action, Direction, Protocol
 from ipsecq.pfkey import algorithms, saconvert, spconvert
 from ipsecq.pfkey.acquire import Acquires
-from ipsecq.pfkey.constants import DIR_FWD, DIR_OUT, Dialect, MessageType
+from ipsecq.pfkey.constants import DIR_FWD, Dialect, MessageType
 from ipsecq.pfkey.database import SecurityDatabase
 from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import Sa2
@@ -49,7 +49,7 @@ class PolicyHandlers:
         if direction == DIR_FWD:
             stored = self.forward.add(policy, exclusive=exclusive)
         else:
-            replaces = direction != DIR_OUT and self.forward.inbound_added(policy)
+            replaces = direction != Direction.OUT and self.forward.inbound_added(policy)
             if exclusive and not replaces:
                 stored = self.database.add_policy(policy)
             else:
