@@ -16,7 +16,7 @@ from typing import Any, Final
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.log import LOGGER
 from ipsecq.daemon.pool import WorkerPool
-from ipsecq.datapath import enc0
+from ipsecq.datapath import tun
 from ipsecq.datapath.ipsecdev import create_interface
 from ipsecq.errors import DaemonError, IpsecqError
 from ipsecq.metrics.source import InterfaceSample
@@ -52,7 +52,7 @@ class Interfaces:
         """Make the devices, and remove those of a former life that are not named any more.  DaemonError."""
         wanted = tuple(interfaces)
         for name in self._recorded() - {interface.name for interface in wanted}:
-            enc0.remove(name)
+            tun.remove(name)
         for interface in wanted:
             create_interface(interface.name, interface.mtu)
         self._become(wanted)
@@ -61,7 +61,7 @@ class Interfaces:
         """Take all devices away; no worker lives."""
         for name in self.names:
             with contextlib.suppress(IpsecqError):
-                enc0.remove(name)
+                tun.remove(name)
         self._become(())
 
     async def change(self, interfaces: Iterable[Interface], pool: WorkerPool, set_rules: SetRules) -> None:
@@ -89,7 +89,7 @@ class Interfaces:
     async def _finish(self, others: set[str], set_rules: SetRules) -> None:
         """Remove those of ``others`` that are not served."""
         for name in others - set(self.names):
-            enc0.remove(name)
+            tun.remove(name)
         await set_rules(self.names)
 
     def operation(self) -> tuple[str, tuple[Interface, ...]]:

@@ -43,7 +43,7 @@ from ipsecq.daemon.table import CounterPages, SharedTable
 from ipsecq.daemon.tap import TapServer
 from ipsecq.daemon.undo import Undo
 from ipsecq.daemon.watch import Watch
-from ipsecq.datapath import enc0
+from ipsecq.datapath import enc0, tun
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
 from ipsecq.engine.tables import Tables
@@ -161,7 +161,7 @@ class Supervisor:
         self.authority.take()  # workers get the whole state
         device = config.nftables.enc_device
         enc0.create(device, accept_local=True)
-        stack.callback(enc0.remove, device)
+        stack.callback(tun.remove, device)
         self.interfaces.start(config.interfaces)
         if config.daemon.on_stop == "remove":
             stack.callback(self.interfaces.remove)

@@ -22,6 +22,7 @@ from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import BATCH, Queue
 from ipsecq.datapath.ring import FRAME, PacketRing
 from ipsecq.datapath.tap import Taps
+from ipsecq.datapath.tun import TunQueue
 from ipsecq.datapath.udp import UdpOutput
 from ipsecq.datapath.udp import options as udp_options
 from ipsecq.engine.emit import Burst
@@ -50,7 +51,7 @@ class FastPath:
 
     def __init__(
         self, tables: Tables, outbound: Outbound, inbound: Inbound, path_mtu: PathMtu, output: RawOutput,
-        udp: UdpOutput | None, enc0: Enc0 | None, devices: Callable[[int], Enc0 | None], taps: Taps | None,
+        udp: UdpOutput | None, enc0: Enc0 | None, devices: Callable[[int], TunQueue | None], taps: Taps | None,
         *, mark_stolen: int, mark_sockets: int, collect: bool = False,
     ) -> None:  # fmt: skip
         """The parts that it stands beside; only where :data:`ipsecq.fastpath.active`.  ``collect``: send nothing (tests)."""
@@ -234,7 +235,7 @@ class FastPath:
         target = self._targets.get(reqid)
         if target is None:
             device = self._devices(reqid) if reqid else self._enc0
-            if device is None or not device.vnet_hdr:
+            if device is None:
                 return
             failure = Counter.INTERFACE_DOWN if reqid else Counter.INJECT_FAILED
             target = self._targets[reqid] = self._compiled.Target(

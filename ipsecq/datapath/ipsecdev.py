@@ -11,29 +11,10 @@ import errno
 import fcntl
 import os
 import socket
-from struct import Struct
 from typing import Final, NamedTuple
 
-from ipsecq.datapath.enc0 import (
-    IFF_UP,
-    SIOCGIFFLAGS,
-    SIOCSIFFLAGS,
-    SIOCSIFMTU,
-    SIOCSIFTXQLEN,
-    TUN_F_CSUM,
-    VIRTIO_NET_HDR_F_NEEDS_CSUM,
-    Enc0,
-    create,
-    forward_as_all,
-    write_sysctl,
-)
+from ipsecq.datapath import tun
 from ipsecq.errors import DaemonError
-
-TUNSETQUEUE: Final = 0x400454D9
-TUNGETIFF: Final = 0x800454D2
-TUN_F_TSO: Final = 0x02 | 0x04
-"""TCP super-packets of either family."""
-IFF_DETACH_QUEUE: Final = 0x0400
 
 TX_QUEUE_LENGTH: Final = 1000
 """Packets, or super-packets, that wait for the worker: some milliseconds of what it seals.  The rest is dropped."""
@@ -42,10 +23,7 @@ BATCH: Final = 64
 BATCH_OCTETS: Final = 1 << 18
 """One batch ends with the super-packet that passes this."""
 
-_VNET: Final = Struct("=BBHHHH")
-_IFREQ_FLAGS: Final = Struct("=16sH22x")
-_IFREQ_INT: Final = Struct("=16si20x")
-_ROOM: Final = _VNET.size + 65536
+_ROOM: Final = tun.VNET.size + 65536
 
 
 class Routed(NamedTuple):
@@ -67,26 +45,23 @@ def create_interface(name: str, mtu: int) -> None:
         fresh = not socket.if_nametoindex(name)
     except OSError:
         fresh = True
-    create(name, mtu=mtu, configure=lambda name, mtu, _: _configure(name, mtu, fresh))
+    tun.create(name, lambda: _configure(name, mtu, fresh))
 
 
 def _configure(name: str, mtu: int, fresh: bool) -> None:
-    label = name.encode()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
-        fcntl.ioctl(control, SIOCSIFMTU, _IFREQ_INT.pack(label, mtu))
-        if not fresh:
-            return
-        fcntl.ioctl(control, SIOCSIFTXQLEN, _IFREQ_INT.pack(label, TX_QUEUE_LENGTH))
-        # No link-local address of the kernel's making: router solicitations would be the first packets in the tunnel.
-        write_sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
-        write_sysctl(f"ipv6/conf/{name}/accept_ra", "0")
-        write_sysctl(f"ipv4/conf/{name}/send_redirects", "0")
-        forward_as_all(name)
-        flags = _IFREQ_FLAGS.unpack(fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(label, 0)))[1]
-        fcntl.ioctl(control, SIOCSIFFLAGS, _IFREQ_FLAGS.pack(label, flags | IFF_UP))
+    tun.set_mtu(name, mtu)
+    if not fresh:
+        return
+    tun.set_queue_length(name, TX_QUEUE_LENGTH)
+    # No link-local address of the kernel's making: router solicitations would be the first packets in the tunnel.
+    tun.write_sysctl(f"ipv6/conf/{name}/addr_gen_mode", "1")
+    tun.write_sysctl(f"ipv6/conf/{name}/accept_ra", "0")
+    tun.write_sysctl(f"ipv4/conf/{name}/send_redirects", "0")
+    tun.forward_as_all(name)
+    tun.bring_up(name)
 
 
-class IpsecDevice(Enc0):
+class IpsecDevice(tun.TunQueue):
     """One worker's queue of an ipsecN device.  With ``reading`` this worker gets what is routed into it."""
 
     def __init__(self, name: str, *, reading: bool, gso: bool = True, coalescing: bool = True) -> None:
@@ -94,12 +69,11 @@ class IpsecDevice(Enc0):
 
         With ``gso`` TCP super-packets come whole, and checksums may not be filled in; the same for all queues of a device.
         """
-        self.offloads = TUN_F_CSUM | TUN_F_TSO if gso else 0
-        super().__init__(name, coalescing=coalescing)
+        super().__init__(name, offloads=tun.TUN_F_CSUM | tun.TUN_F_TSO if gso else 0, coalescing=coalescing)
         self.reading = reading
         if not reading:
             try:
-                fcntl.ioctl(self.fd, TUNSETQUEUE, _IFREQ_FLAGS.pack(b"", IFF_DETACH_QUEUE))
+                fcntl.ioctl(self.fd, tun.TUNSETQUEUE, tun.IFREQ_FLAGS.pack(b"", tun.IFF_DETACH_QUEUE))
             except OSError as error:
                 self.close()
                 raise DaemonError(f"{name}: cannot detach a queue: {error.strerror}") from None
@@ -111,23 +85,22 @@ class IpsecDevice(Enc0):
     def attached(self) -> bool:
         """False when somebody has removed the device."""
         try:
-            fcntl.ioctl(self.fd, TUNGETIFF, _IFREQ_FLAGS.pack(b"", 0))
+            fcntl.ioctl(self.fd, tun.TUNGETIFF, tun.IFREQ_FLAGS.pack(b"", 0))
         except OSError:
             return False
         return True
 
     def is_up(self) -> bool:
-        """The kernel's word, now."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
-            try:
-                request = fcntl.ioctl(control, SIOCGIFFLAGS, _IFREQ_FLAGS.pack(self.name.encode(), 0))
-            except OSError:
-                return False
-        return bool(_IFREQ_FLAGS.unpack(request)[1] & IFF_UP)
+        """The kernel's word, now; False when it has gone."""
+        try:
+            return tun.is_up(self.name)
+        except OSError:
+            return False
 
     def read_batch(self) -> list[Routed] | None:
         """What waits, a bounded number of packets; None: the device has gone."""
-        fd, found, octets, skip = self.fd, [], 0, _VNET.size
+        fd, found, octets, skip = self.fd, [], 0, tun.VNET.size
+        unpack_from, needs_checksum = tun.VNET.unpack_from, tun.VIRTIO_NET_HDR_F_NEEDS_CSUM
         for buffer, view in zip(self._buffers, self._views, strict=True):
             try:
                 length = os.readv(fd, (buffer,))
@@ -138,8 +111,8 @@ class IpsecDevice(Enc0):
                 if error.errno == errno.EBADFD:
                     return None
                 break
-            flags, kind, _, size, _, _ = _VNET.unpack_from(buffer)
-            found.append(Routed(size if kind else 0, bool(flags & VIRTIO_NET_HDR_F_NEEDS_CSUM), view[skip:length]))
+            flags, kind, _, size, _, _ = unpack_from(buffer)
+            found.append(Routed(size if kind else 0, bool(flags & needs_checksum), view[skip:length]))
             octets += length
             if octets > BATCH_OCTETS:
                 break

@@ -108,7 +108,7 @@ def stream(segments: int) -> bytes:
 class _Nowhere:
     """Stands for the way out, where what is made is measured and not sent."""
 
-    vnet_hdr = coalescing = datagrams = True
+    coalescing = datagrams = True
     fd = -1
     version = 0
 

@@ -30,7 +30,7 @@ class Fast:
         self.paths = SimpleNamespace(version=0, mtu_of=lambda dst: peer.mtu, until=lambda dst: peer.now + 1.0)
         output = SimpleNamespace(descriptor=lambda family: -1)
         sockets = SimpleNamespace(descriptors=lambda family: (-1, -1))
-        device = SimpleNamespace(fd=-1, vnet_hdr=True, coalescing=True, datagrams=True)
+        device = SimpleNamespace(fd=-1, coalescing=True, datagrams=True)
         self.path = FastPath(
             peer.tables, peer.outbound, peer.inbound, self.paths, output, sockets, device, lambda reqid: None, None,
             mark_stolen=1, mark_sockets=0, collect=True,
