@@ -12,14 +12,15 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from ipsecq.cli import top_model, top_screen
+from ipsecq.cli import top_screen
 from ipsecq.cli.top_screen import Choices
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 from ipsecq.errors import DaemonError, IpsecqError
+from ipsecq.metrics import rates
 
 _BOLD_RED, _YELLOW = 1, 2
-_SORTS: Final = {name.lower(): key for key, (name, _, _) in top_model.SORTS.items()}
+_SORTS: Final = {name.lower(): key for key, (name, _, _) in rates.SORTS.items()}
 
 
 def top(
@@ -63,10 +64,10 @@ class _Source:
         self._path = path
         self._before: dict[str, Any] | None = None
 
-    def look(self) -> top_model.View:
+    def look(self) -> rates.View:
         sample = ask(self._path, "sample", timeout=10.0)
         before, self._before = self._before or sample, sample
-        return top_model.view(before, sample)
+        return rates.view(before, sample)
 
 
 def _print_json(source: _Source, interval: float, count: int) -> None:
@@ -103,7 +104,7 @@ def _press(key: int, choices: Choices) -> bool:
     pressed = chr(key) if 0 < key < 256 else ""
     if pressed == "q":
         return False
-    if pressed in top_model.SORTS:
+    if pressed in rates.SORTS:
         choices.sort = pressed
     elif pressed == "r":
         choices.reverse = not choices.reverse

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ipsecq.cli import report
-from ipsecq.cli.top_model import SORTS, Drop, Flow, View, Worker, ordered
+from ipsecq.metrics.rates import SORTS, Drop, Flow, View, Worker, ordered
 
 WIDTH: Final = 80
 MOST_WORKERS: Final = 8

@@ -1,4 +1,4 @@
-"""Rates out of two samples of the daemon: what ``ipsecq top`` shows, as data."""
+"""Rates out of two samples of the daemon (:mod:`ipsecq.metrics.live`): what ``ipsecq top`` shows, as data."""
 
 from __future__ import annotations
 
