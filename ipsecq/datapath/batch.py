@@ -6,37 +6,29 @@ to a datagram may come back before the next system call.
 
 from __future__ import annotations
 
-import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, MutableSequence, Sequence
 from typing import Final, Protocol
 
-from ipsecq.counters import FIRST_DROP, HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.counters import FIRST_DROP, Counter, Fate
+from ipsecq.datapath.accounts import Refusals, account
 from ipsecq.datapath.fast import FastPath
 from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
 from ipsecq.datapath.inward import FORWARD, LONE, InboundEngine, Inward
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
-from ipsecq.datapath.outward import Outward
+from ipsecq.datapath.outward import BURST, Outward
 from ipsecq.datapath.queue import Packet, Queue
 from ipsecq.datapath.ring import PacketRing
 from ipsecq.datapath.routed import RoutedTunnels
 from ipsecq.datapath.tap import Taps
 from ipsecq.engine.emit import Acquire, Emissions, Event, PathMtuLearned
+from ipsecq.engine.outbound_run import MIN_RUN
 from ipsecq.netfilter.links import is_local
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
-
-log: Final = logging.getLogger(__name__)
-
-MIN_RUN: Final = 4
-"""Packets on their way out from which on a run is looked for."""
-
-BURST: Final = 64
-"""Datagrams made of super-packets that are sent before the batch is finished."""
 
 MAX_ADDRESSES: Final = 4096
 """Addresses that are remembered as this host's, or not."""
@@ -46,12 +38,8 @@ EARLY_PACKETS: Final = 512
 EARLY_SECONDS: Final = 2.0
 """A peer that uses a new SA before we have it is ahead by milliseconds."""
 
-LOG_INTERVAL: Final = 10.0
-"""Seconds between two log lines about an engine's exception; the counter counts all of them."""
-
 _ESP: Final = int(IpsecProtocol.ESP)
 _UNFINISHED: Final = NFQA_SKB_CSUMNOTREADY | NFQA_SKB_GSO
-_BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
 
 
 class Engine(Protocol):
@@ -120,7 +108,7 @@ class Batches:
         self._inward = Inward(engine_in, self._hold_inbound, self._refuse, self._divert_inbound)
         self._active = queue
         """The queue whose batch is in hand."""
-        self._next_log = 0.0
+        self._refusals = Refusals(counters)
 
     # -- a batch ---------------------------------------------------------------------------------------------
 
@@ -178,17 +166,8 @@ class Batches:
             done += 1
         queue.flush()
         self._send()
-        self._account(start, count)
+        account(self._counters, start, count)
         return count
-
-    def _account(self, start: int, count: int) -> None:
-        """How long a batch took, and each of its packets."""
-        elapsed = time.perf_counter_ns() - start
-        counters = self._counters
-        counters[Counter.BATCHES] += 1
-        counters[Counter.BUSY_NS] += elapsed
-        counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
-        counters[HISTOGRAM_SUM_NS] += elapsed
 
     def _open_direct(self, ring: PacketRing, most: int, fast: FastPath | None) -> int:
         """Up to ``most`` datagrams of a ring that the engine has to look at; ``fast`` has left the first one alone."""
@@ -207,7 +186,7 @@ class Batches:
             if fast is not None and mine[0] is datagrams[0]:
                 fast.learn_in()
             self._send()
-            self._account(start, len(mine))
+            account(self._counters, start, len(mine))
         return len(datagrams)
 
     def _is_mine(self, datagram: bytes) -> bool:
@@ -331,12 +310,9 @@ class Batches:
             self._active.add_verdict(cookie, NF_DROP)
 
     def _refuse(self, hook: int, now: float) -> None:
-        """Count the packet that made the engine raise: a bug of ours must not stop the gateway, nor let it pass."""
+        """Count the packet that made the engine raise."""
         counter = Counter.OUT_INVAL if hook >= FORWARD else Counter.IN_INVAL
-        self._counters[counter] += 1
-        if now >= self._next_log:
-            self._next_log = now + LOG_INTERVAL
-            log.exception("a packet at hook %d made the engine fail; it was dropped (%s)", hook, counter.name)
+        self._refusals.count(counter, now, f"a packet at hook {hook}")
 
     # -- what leaves -----------------------------------------------------------------------------------------
 
@@ -379,8 +355,7 @@ class Batches:
             try:
                 fate = self._engine_out.process(packet, now, emit, mark)
             except Exception:
-                self._counters[Counter.OUT_INVAL] += 1
-                log.exception("a held packet made the engine fail; it was dropped")
+                self._refusals.count(Counter.OUT_INVAL, now, "a held packet")
                 continue
             if fate == Fate.HOLD:
                 self._counters[Counter.OUT_HELD_OVERFLOW] += self._holder.hold(emit.held, packet, since, mark)
@@ -401,8 +376,7 @@ class Batches:
                 if self._engine_in.process(packet, now, emit) == Fate.HOLD:
                     self._counters[Counter.ESP_NOTDB] += self._early.hold(emit.held, packet, since)
             except Exception:
-                self._counters[Counter.IN_INVAL] += 1
-                log.exception("a held packet made the engine fail; it was dropped")
+                self._refusals.count(Counter.IN_INVAL, now, "a held packet")
         self._send()
 
     def drop_held(self, protocol: int, src: bytes, dst: bytes, reqid: int) -> int:

@@ -13,6 +13,9 @@ from ipsecq.datapath.udp import UdpOutput
 from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.packet.fragments import fragment
 
+BURST: Final = 64
+"""Finished datagrams from which on they leave before the batch is done: the far end has a queue, too."""
+
 _DF: Final = 0x40
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import select
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import Final, Protocol
 
-from ipsecq.counters import HISTOGRAM_BASE, HISTOGRAM_BOUNDS, HISTOGRAM_SUM_NS, Counter, Fate
+from ipsecq.counters import Counter, Fate
+from ipsecq.datapath.accounts import Refusals, account
 from ipsecq.datapath.fast import FastPath
 from ipsecq.datapath.hold import Holder
+from ipsecq.datapath.inward import LONE
 from ipsecq.datapath.ipsecdev import IpsecDevice, Routed
+from ipsecq.datapath.outward import BURST
 from ipsecq.engine.emit import Acquire, Emissions
+from ipsecq.engine.outbound_run import MIN_RUN
 from ipsecq.errors import DaemonError
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import complete
@@ -22,15 +25,6 @@ from ipsecq.policy.interface import Interface
 
 log: Final = logging.getLogger(__name__)
 
-BURST: Final = 64
-"""Finished datagrams that leave before the batch is done: the far end has a queue, too."""
-MIN_RUN: Final = 4
-"""Packets from which on a run is looked for."""
-LONE: Final = 8
-"""Packets that are taken one by one after one that began no run."""
-LOG_INTERVAL: Final = 10.0
-
-_BOUNDS_NS: Final = [round(bound * 1e9) for bound in HISTOGRAM_BOUNDS]
 _DONE: Final = int(Fate.DONE)
 _EIO: Final = 5
 """What the kernel says to a packet for a device that is down."""
@@ -85,7 +79,7 @@ class RoutedTunnels:
         self._readers: dict[int, _Entry] = {}
         """By descriptor."""
         self._poll: select.epoll | None = None
-        self._next_log = 0.0
+        self._refusals = Refusals(counters)
         self.fast: FastPath | None = None
         """Takes the packets of known flows before the engine does."""
         self.interfaces: dict[int, Interface] = {}
@@ -171,11 +165,7 @@ class RoutedTunnels:
         finally:
             engine.through(None)
         send()
-        elapsed, count, counters = time.perf_counter_ns() - start, len(batch), self._counters
-        counters[Counter.BATCHES] += 1
-        counters[Counter.BUSY_NS] += elapsed
-        counters[HISTOGRAM_BASE + bisect_left(_BOUNDS_NS, elapsed // count)] += count
-        counters[HISTOGRAM_SUM_NS] += elapsed
+        account(self._counters, start, len(batch))
         return True
 
     def _seal(
@@ -232,10 +222,7 @@ class RoutedTunnels:
 
     def _refuse(self, now: float) -> None:
         """Count a packet that made the engine raise; it is lost."""
-        self._counters[Counter.OUT_INVAL] += 1
-        if now >= self._next_log:
-            self._next_log = now + LOG_INTERVAL
-            log.exception("a packet of an interface made the engine fail; it was dropped")
+        self._refusals.count(Counter.OUT_INVAL, now, "a packet of an interface")
 
     # -- packets that wait for an SA -----------------------------------------------------------------------------
 
