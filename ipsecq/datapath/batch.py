@@ -17,7 +17,7 @@ from ipsecq.datapath.gso import SegmentSizes, flow_of
 from ipsecq.datapath.hold import Holder
 from ipsecq.datapath.inward import FORWARD, LONE, InboundEngine, Inward
 from ipsecq.datapath.mtu import PathMtu
-from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
+from ipsecq.datapath.nfqueue import NF_ACCEPT, NF_DROP, NF_QUEUE, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.outward import BURST, Outward
 from ipsecq.datapath.queue import Packet, Queue
 from ipsecq.datapath.ring import PacketRing

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from ipsecq.counters import Fate
-from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
+from ipsecq.datapath.nfqueue import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.queue import Packet
 from ipsecq.engine.emit import Emissions
 from ipsecq.packet.buffer import Buffer

@@ -22,9 +22,10 @@ from typing import Final, NamedTuple
 
 from netfilterqueue import NetfilterQueue
 
-from ipsecq.datapath import nfnetlink as nl
+from ipsecq.datapath import nfqueue as nl
 from ipsecq.datapath.mmsg import ReceiveVector
 from ipsecq.errors import NetfilterError
+from ipsecq.netlink import HEADER, NETLINK_NO_ENOBUFS, NLM_F_ACK, NLMSG_ERROR, SOL_NETLINK, attribute, error_number
 
 BATCH: Final = 64
 """Packets read at once.  More gains nothing measurable and lets the first packet of a batch wait for the last."""
@@ -37,8 +38,6 @@ RECEIVE_BUFFER: Final = 8 << 20
 
 PROC_TABLE: Final = "/proc/thread-self/net/netfilter/nfnetlink_queue"
 
-SOL_NETLINK: Final = 270
-NETLINK_NO_ENOBUFS: Final = 5
 SO_RCVBUFFORCE: Final = 33
 _ACK_PATIENCE: Final = 2.0
 
@@ -122,7 +121,7 @@ class Queue:
         self._sequence = 0
         self._pending = bytearray()
         self._run = (-1, 0, 0)
-        self._batch_header = nl.message(nl.NFQNL_MSG_VERDICT_BATCH, nl.NLM_F_REQUEST, 0, number, b"")[4:]
+        self._batch_header = nl.message(nl.NFQNL_MSG_VERDICT_BATCH, 0, 0, number, b"")[4:]
         self._layouts: list[nl.Layout] = []
         self._vector: ReceiveVector = ReceiveVector(self.fd, BATCH, nl.PAYLOAD_MAX + 512, room._vector if room else None)
         try:
@@ -153,8 +152,8 @@ class Queue:
             self.overruns = 0  # reads will answer ENOBUFS, which read() counts
         # bind() limits the copy to 4016 octets; packets that came before this are dropped below, in _await.
         params = nl.be32(copy_range) + bytes([nl.NFQNL_COPY_PACKET])
-        self._command(nl.attribute(nl.NFQA_CFG_PARAMS, params))
-        self._command(nl.attribute(nl.NFQA_CFG_QUEUE_MAXLEN, nl.be32(max_length)))
+        self._command(attribute(nl.NFQA_CFG_PARAMS, params))
+        self._command(attribute(nl.NFQA_CFG_QUEUE_MAXLEN, nl.be32(max_length)))
         # Never fail-open; nobody reads UIDs, security contexts or conntrack from here.
         others = nl.NFQA_CFG_F_FAIL_OPEN | nl.NFQA_CFG_F_CONNTRACK | nl.NFQA_CFG_F_UID_GID
         self._flags(others, 0)
@@ -168,15 +167,13 @@ class Queue:
 
     def _flags(self, mask: int, value: int) -> None:
         self._command(
-            nl.attribute(nl.NFQA_CFG_MASK, nl.be32(mask)) + nl.attribute(nl.NFQA_CFG_FLAGS, nl.be32(value))
+            attribute(nl.NFQA_CFG_MASK, nl.be32(mask)) + attribute(nl.NFQA_CFG_FLAGS, nl.be32(value))
         )
 
     def _command(self, attributes: bytes) -> None:
         """Send one configuration message and wait for the kernel's answer."""
         self._sequence += 1
-        self._socket.send(
-            nl.message(nl.NFQNL_MSG_CONFIG, nl.NLM_F_REQUEST | nl.NLM_F_ACK, self._sequence, self.number, attributes)
-        )
+        self._socket.send(nl.message(nl.NFQNL_MSG_CONFIG, NLM_F_ACK, self._sequence, self.number, attributes))
         self._socket.settimeout(_ACK_PATIENCE)
         try:
             while True:
@@ -189,8 +186,8 @@ class Queue:
                 kind, sequence = int.from_bytes(answer[4:6], _NATIVE), int.from_bytes(answer[8:12], _NATIVE)
                 if kind == nl.NFQNL_MSG_PACKET:
                     self._early(answer)
-                elif kind == nl.NLMSG_ERROR and sequence == self._sequence:
-                    code = -int.from_bytes(answer[16:20], _NATIVE, signed=True)
+                elif kind == NLMSG_ERROR and sequence == self._sequence:
+                    code = error_number(answer[HEADER:])
                     if code:
                         reason = errno.errorcode.get(code, str(code))
                         raise NetfilterError(f"queue {self.number}: the kernel refused its configuration: {reason}")
@@ -318,8 +315,8 @@ class Queue:
 
     def send_verdict(self, cookie: int, verdict: int) -> None:
         """Answer one packet at once, whatever is outstanding before it."""
-        answer = nl.attribute(nl.NFQA_VERDICT_HDR, nl.be32(verdict) + cookie.to_bytes(4, _NATIVE))
-        self._send(nl.message(nl.NFQNL_MSG_VERDICT, nl.NLM_F_REQUEST, 0, self.number, answer))
+        answer = attribute(nl.NFQA_VERDICT_HDR, nl.be32(verdict) + cookie.to_bytes(4, _NATIVE))
+        self._send(nl.message(nl.NFQNL_MSG_VERDICT, 0, 0, self.number, answer))
 
     def add_requeue(self, cookie: int, number: int) -> None:
         """Note that a packet goes to another queue, where (``gso`` off) the kernel segments it, as only it can."""

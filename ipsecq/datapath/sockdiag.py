@@ -8,21 +8,17 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from typing import Final
 
 from ipsecq.netfilter.links import is_local
+from ipsecq.netlink import NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, attribute, attributes, error_number, message, messages
 from ipsecq.numbers import IPPROTO_TCP, IPPROTO_UDP
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
-_NLMSG_ERROR: Final = 2
-_NLMSG_DONE: Final = 3
-_REQUEST: Final = 1
-_DUMP: Final = 0x300
-_HEADER: Final = struct.Struct("=IHHII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _QUERY: Final = struct.Struct("=BBBBIHH16s16sIII")
 _ANSWER_SIZE: Final = 72
 """``struct inet_diag_msg``; attributes follow."""
@@ -64,7 +60,7 @@ class SockDiag:
             near[0].ljust(16, b"\0"), far[0].ljust(16, b"\0"), device, _NO_COOKIE, _NO_COOKIE,
         )  # fmt: skip
         try:
-            for answer in self._ask(query, _REQUEST):
+            for answer in self._ask(query):
                 return _mark(answer)
         except FileNotFoundError:  # ENOENT: nobody gets it
             return 0
@@ -77,48 +73,36 @@ class SockDiag:
         """
         # Program: if mark & mask == 0 go on to a jump that leads past the end (refused), else to the end (taken).
         program = struct.pack("=BBHIIBBH", 10, 12, 16, 0, mask, 1, 4, 8)
-        attribute = _ATTRIBUTE.pack(4 + len(program), _BYTECODE) + program
+        bytecode = attribute(_BYTECODE, program)
         found: set[int] = set()
         for family in (socket.AF_INET, socket.AF_INET6):
             for protocol in (IPPROTO_TCP, IPPROTO_UDP):
                 query = _QUERY.pack(family, protocol, 0, 0, _ALL_STATES, 0, 0, bytes(16), bytes(16), 0, 0, 0)
-                found.update(_mark(answer) & mask for answer in self._ask(query + attribute, _REQUEST | _DUMP))
+                found.update(_mark(answer) & mask for answer in self._ask(query + bytecode, NLM_F_DUMP))
         return found
 
-    def _ask(self, query: bytes, flags: int) -> Iterator[memoryview]:
+    def _ask(self, query: bytes, dump: int = 0) -> Iterator[bytes]:
         """``inet_diag_msg`` and attributes of each answer.  Raises OSError."""
         self._sequence += 1
-        header = _HEADER.pack(_HEADER.size + len(query), _SOCK_DIAG_BY_FAMILY, flags, self._sequence, 0)
-        self.socket.send(header + query)
+        self.socket.send(message(_SOCK_DIAG_BY_FAMILY, dump, self._sequence, query))
         while True:
-            data = memoryview(self.socket.recv(_BUFFER))
-            while len(data) >= _HEADER.size:
-                length, kind, _, sequence, _ = _HEADER.unpack_from(data)
-                message, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
+            for kind, sequence, body in messages(self.socket.recv(_BUFFER)):
                 if sequence != self._sequence:
                     continue  # left over from a question that was given up
-                if kind == _NLMSG_DONE:
+                if kind == NLMSG_DONE:
                     return
-                if kind == _NLMSG_ERROR:
-                    number = -int(struct.unpack_from("=i", message)[0])
-                    if number == errno.ENOENT and flags & _DUMP:
+                if kind == NLMSG_ERROR:
+                    number = error_number(body)
+                    if number == errno.ENOENT and dump:
                         return  # no such protocol here, so no such sockets
                     raise OSError(number, "sock_diag")
-                yield message
-                if not flags & _DUMP:
+                yield body
+                if not dump:
                     return
 
 
-def _mark(answer: memoryview) -> int:
-    rest = answer[_ANSWER_SIZE:]
-    while len(rest) >= 4:
-        length, kind = _ATTRIBUTE.unpack_from(rest)
-        if kind == _MARK:
-            return int(struct.unpack_from("=I", rest, 4)[0])
-        if length < 4:
-            break
-        rest = rest[(length + 3) & ~3 :]
-    return 0
+def _mark(answer: bytes) -> int:
+    return int.from_bytes(dict(attributes(answer[_ANSWER_SIZE:])).get(_MARK, b""), sys.byteorder)
 
 
 class SocketLookup:

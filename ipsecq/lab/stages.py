@@ -23,7 +23,7 @@ from ipsecq.crypto import cipher
 from ipsecq.datapath import enc0
 from ipsecq.datapath.enc0 import Enc0
 from ipsecq.datapath.fast import FastPath
-from ipsecq.datapath.nfnetlink import NF_DROP
+from ipsecq.datapath.nfqueue import NF_DROP
 from ipsecq.datapath.output import RawOutput
 from ipsecq.datapath.queue import Queue
 from ipsecq.datapath.udp import SOL_UDP, UDP_SEGMENT, UdpOutput, UdpSockets

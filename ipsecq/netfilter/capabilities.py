@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from ipsecq import netlink as nl
 from ipsecq.errors import NetfilterError
 from ipsecq.netfilter import compat
-from ipsecq.netfilter import nfnetlink as nl
 from ipsecq.netfilter.load import COMPAT, NATIVE, run_nft
+from ipsecq.netfilter.nftsocket import NftSocket
 from ipsecq.netfilter.settings import NetfilterSettings
 
 _CLONE_NEWNET: Final = 0x40000000
@@ -151,7 +152,7 @@ def _works(attempt: Callable[[], object]) -> bool:
 def _try_compat(table: str) -> None:
     run_nft(f"add table inet {table}\nadd chain inet {table} c\n")
     try:
-        with nl.NftSocket() as netlink:
+        with NftSocket() as netlink:
             netlink.batch([compat.queue_rule(table, "c", 0, 0, False)])
     finally:
         run_nft(f"delete table inet {table}\n")
@@ -163,10 +164,11 @@ def _try_gso() -> None:
     body = nl.attribute(_NFQA_CFG_CMD, struct.pack(">BxH", 1, socket.AF_UNSPEC))
     flag = _NFQA_CFG_F_GSO.to_bytes(4, "big")
     more = nl.attribute(_NFQA_CFG_MASK, flag) + nl.attribute(_NFQA_CFG_FLAGS, flag)
-    with nl.NftSocket() as netlink:
+    with NftSocket() as netlink:
         for sequence, attributes in enumerate((body, more), 1):
-            netlink.socket.send(nl.message(_NFQNL_MSG_CONFIG, nl.NLM_F_ACK, sequence, 0, attributes, resource=queue))
-            number = -struct.unpack_from("=i", netlink.socket.recv(4096), 16)[0]
+            request = nl.genmsg(0, queue) + attributes
+            netlink.socket.send(nl.message(_NFQNL_MSG_CONFIG, nl.NLM_F_ACK, sequence, request))
+            number = nl.error_number(netlink.socket.recv(4096)[nl.HEADER :])
             if number:
                 raise OSError(number, os.strerror(number))
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import Final
 
-from ipsecq.netfilter import nfnetlink as nl
+from ipsecq import netlink as nl
+from ipsecq.netfilter import nftsocket as nft
 
 _NFTA_LIST_ELEM: Final = 1
 _NFTA_EXPR_NAME: Final = 1
@@ -35,12 +36,12 @@ def queue_rule(table: str, chain: str, first: int, last: int, bypass: bool) -> R
         nl.attribute(_NFTA_TARGET_INFO, info),
     )
     element = nl.nested(_NFTA_LIST_ELEM, nl.string(_NFTA_EXPR_NAME, "target"), target)
-    body = nl.string(nl.NFTA_RULE_TABLE, table) + nl.string(nl.NFTA_RULE_CHAIN, chain)
-    body += nl.nested(nl.NFTA_RULE_EXPRESSIONS, element)
-    return nl.NFT_MSG_NEWRULE, nl.NLM_F_CREATE | nl.NLM_F_APPEND, nl.NFPROTO_INET, body
+    body = nl.string(nft.NFTA_RULE_TABLE, table) + nl.string(nft.NFTA_RULE_CHAIN, chain)
+    body += nl.nested(nft.NFTA_RULE_EXPRESSIONS, element)
+    return nft.NFT_MSG_NEWRULE, nl.NLM_F_CREATE | nl.NLM_F_APPEND, nft.NFPROTO_INET, body
 
 
 def flush_chain(table: str, chain: str) -> Request:
     """Delete the rules of a chain."""
-    body = nl.string(nl.NFTA_RULE_TABLE, table) + nl.string(nl.NFTA_RULE_CHAIN, chain)
-    return nl.NFT_MSG_DELRULE, 0, nl.NFPROTO_INET, body
+    body = nl.string(nft.NFTA_RULE_TABLE, table) + nl.string(nft.NFTA_RULE_CHAIN, chain)
+    return nft.NFT_MSG_DELRULE, 0, nft.NFPROTO_INET, body

@@ -15,7 +15,7 @@ from struct import Struct
 from typing import Final
 
 from ipsecq.errors import NetfilterError
-from ipsecq.netfilter.nfnetlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes
+from ipsecq.netlink import NLM_F_DUMP, NLMSG_DONE, NLMSG_ERROR, attributes, message, messages
 from ipsecq.packet.address import text
 
 _RTM_NEWLINK: Final = 16
@@ -26,7 +26,6 @@ _IFLA_IFNAME: Final = 3
 _IFLA_MTU: Final = 4
 _IFF_UP: Final = 1
 _IFF_LOOPBACK: Final = 8
-_HEADER: Final = Struct("=IHHII")
 _IFINFO: Final = Struct("=BxHiII")
 
 
@@ -105,7 +104,7 @@ def list_links() -> dict[int, Link]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as netlink:
         netlink.bind((0, 0))
         netlink.settimeout(10)
-        netlink.send(_HEADER.pack(32, _RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + _IFINFO.pack(0, 0, 0, 0, 0))
+        netlink.send(message(_RTM_GETLINK, NLM_F_DUMP, 1, _IFINFO.pack(0, 0, 0, 0, 0)))
         while True:
             try:
                 buffer = netlink.recv(1 << 17)
@@ -113,22 +112,12 @@ def list_links() -> dict[int, Link]:
                 raise NetfilterError("rtnetlink did not list the links within 10 s") from None
             for _, link in _links(buffer):
                 found[link.index] = link
-            if any(kind in (NLMSG_DONE, NLMSG_ERROR) for kind, _ in _messages(buffer)):
+            if any(kind in (NLMSG_DONE, NLMSG_ERROR) for kind, _, _ in messages(buffer)):
                 return found
 
 
-def _messages(buffer: bytes) -> Iterator[tuple[int, bytes]]:
-    offset = 0
-    while offset + 16 <= len(buffer):
-        length, kind, _, _, _ = _HEADER.unpack_from(buffer, offset)
-        if length < 16:
-            return
-        yield kind, buffer[offset + 16 : offset + length]
-        offset += length + 3 & ~3
-
-
 def _links(buffer: bytes) -> Iterator[tuple[int, Link]]:
-    for kind, body in _messages(buffer):
+    for kind, _, body in messages(buffer):
         if kind not in (_RTM_NEWLINK, _RTM_DELLINK) or len(body) < 16:
             continue
         family, _, index, flags, _ = _IFINFO.unpack_from(body)

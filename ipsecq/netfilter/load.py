@@ -15,7 +15,7 @@ from typing import Final
 
 from ipsecq.errors import NetfilterError
 from ipsecq.netfilter import compat, hooks
-from ipsecq.netfilter import nfnetlink as nl
+from ipsecq.netfilter import nftsocket as nft
 from ipsecq.netfilter.compile import (
     NO_SOCKETS,
     compile_block,
@@ -238,7 +238,7 @@ class Loader:
         for chain, (first, last, bypass) in worker_chains(self.settings).items():
             requests.append(compat.flush_chain(table, chain))
             requests.append(compat.queue_rule(table, chain, first, last, bypass))
-        with nl.NftSocket() as netlink:
+        with nft.NftSocket() as netlink:
             netlink.batch(requests)
 
     def block(self) -> None:
@@ -310,40 +310,40 @@ class Loader:
     def counters(self) -> dict[str, tuple[int, int]]:
         """The named counters: name → (packets, bytes).  ``stolen`` is the egress chains'."""
         found: dict[str, tuple[int, int]] = {}
-        with nl.NftSocket() as netlink:
-            for family in (nl.NFPROTO_INET, nl.NFPROTO_NETDEV):
+        with nft.NftSocket() as netlink:
+            for family in (nft.NFPROTO_INET, nft.NFPROTO_NETDEV):
                 found.update(netlink.counters(family, self.settings.table))
         return found
 
     def is_loaded(self) -> bool:
         """True while our chains hold the rules that we put there; False after a foreign ``flush`` or ``delete``."""
-        if not self._expected or self._rules(nl.NFPROTO_INET) != self._expected or self._inner_counts() != self._called:
+        if not self._expected or self._rules(nft.NFPROTO_INET) != self._expected or self._inner_counts() != self._called:
             return False
-        chains = self._rules(nl.NFPROTO_NETDEV)
+        chains = self._rules(nft.NFPROTO_NETDEV)
         # The chain of a device that has just gone may have gone with it.
         present = [index for index, name in self.guarded.items() if _index(name) == index]
         return all(chains.get(egress_chain(index)) == 1 for index in present)
 
-    def watch(self) -> nl.NftSocket:
+    def watch(self) -> nft.NftSocket:
         """A socket that becomes readable whenever somebody changes nf_tables: call :meth:`is_loaded` then.
 
         ``drain`` it first; ENOBUFS only says that there was too much news to tell.
         """
-        netlink = nl.NftSocket(nl.NFNLGRP_NFTABLES)
+        netlink = nft.NftSocket(nft.NFNLGRP_NFTABLES)
         netlink.socket.setblocking(False)
         return netlink
 
     def _expect(self) -> None:
-        self._expected, self._called = self._rules(nl.NFPROTO_INET), self._inner_counts()
+        self._expected, self._called = self._rules(nft.NFPROTO_INET), self._inner_counts()
 
     def _inner_counts(self) -> dict[str, int]:
         """Rules of our own chains of the inner table; what the operator does in the others is no damage."""
-        with nl.NftSocket() as netlink:
-            counts = netlink.rule_counts(nl.NFPROTO_INET, self._inner.name)
+        with nft.NftSocket() as netlink:
+            counts = netlink.rule_counts(nft.NFPROTO_INET, self._inner.name)
         return {chain: counts.get(chain, 0) for chain in ("prerouting", "call")}
 
     def _rules(self, family: int) -> dict[str, int]:
-        with nl.NftSocket() as netlink:
+        with nft.NftSocket() as netlink:
             return netlink.rule_counts(family, self.settings.table)
 
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 from datapath_io import QUEUE, STOLEN, divert, read_some, received, udp_pair
 
-from ipsecq.datapath.nfnetlink import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
+from ipsecq.datapath.nfqueue import NF_ACCEPT, NF_DROP, NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO
 from ipsecq.datapath.queue import Queue
 from ipsecq.errors import NetfilterError
 from ipsecq.lab import traffic

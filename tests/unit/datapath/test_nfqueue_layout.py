@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecq.datapath import nfnetlink as nl
+from ipsecq.datapath import nfqueue as nl
+from ipsecq.netlink import NLMSG_ERROR, attribute
 
 
 def packet_message(payload: bytes, *, hook: int = 4, mark: int = 0, info: int = 0, extra: bytes = b"", number: int = 7):
-    attributes = nl.attribute(1, pack(">IHB", number, 0x0800, hook))
-    attributes += nl.attribute(nl.NFQA_IFINDEX_OUTDEV, nl.be32(3))
+    attributes = attribute(1, pack(">IHB", number, 0x0800, hook))
+    attributes += attribute(nl.NFQA_IFINDEX_OUTDEV, nl.be32(3))
     if mark:
-        attributes += nl.attribute(nl.NFQA_MARK, nl.be32(mark))
+        attributes += attribute(nl.NFQA_MARK, nl.be32(mark))
     attributes += extra
     if info:
-        attributes += nl.attribute(nl.NFQA_SKB_INFO, nl.be32(info))
+        attributes += attribute(nl.NFQA_SKB_INFO, nl.be32(info))
     # The payload is not padded: the kernel ends the message with it.
     attributes += pack("=HH", 4 + len(payload), nl.NFQA_PAYLOAD) + payload
     return pack("=IHHIIBBH", 20 + len(attributes), nl.NFQNL_MSG_PACKET, 0, 0, 0, 2, 0, 0) + attributes
@@ -31,7 +32,7 @@ def matches(layout: nl.Layout, message: bytes) -> bool:
 
 
 def test_walk_finds_every_part():
-    hardware = nl.attribute(9, pack(">HH8s", 6, 0, b"\2\0\0\0\0\1\0\0"))
+    hardware = attribute(9, pack(">HH8s", 6, 0, b"\2\0\0\0\0\1\0\0"))
     message = packet_message(b"E" * 33, mark=0x1234, info=3, extra=hardware, hook=0)
     found = nl.walk(memoryview(message), len(message))
     assert (found.hook, found.mark, found.outdev, found.info, found.captured) == (0, 0x1234, 3, 3, 0)
@@ -59,7 +60,7 @@ def test_layouts_of_other_attributes_and_hooks_do_not_match():
     assert matches(layout, packet_message(b"y" * 99))
     assert not matches(layout, packet_message(b"y" * 99, mark=5))
     assert not matches(layout, packet_message(b"y" * 99, hook=0))
-    error = pack("=IHHIIi", 36, nl.NLMSG_ERROR, 0, 0, 0, -2)
+    error = pack("=IHHIIi", 36, NLMSG_ERROR, 0, 0, 0, -2)
     assert not matches(layout, error + plain[20:])
 
 
@@ -79,7 +80,7 @@ def test_walk_survives_any_octets(octets):
 
 
 def test_layout_refuses_cut_packets_and_messages_without_payload():
-    cut = packet_message(b"E" * 20, extra=nl.attribute(nl.NFQA_CAP_LEN, nl.be32(9000)))
+    cut = packet_message(b"E" * 20, extra=attribute(nl.NFQA_CAP_LEN, nl.be32(9000)))
     with pytest.raises(ValueError, match="attribute 13"):
         nl.Layout(memoryview(cut), len(cut))
     bare = packet_message(b"")[:-4]

@@ -1,7 +1,7 @@
-"""Enough of nfnetlink for nf_tables: batches, dumps and notifications over one raw socket.
+"""A netlink socket to nf_tables: batches, dumps and notifications.
 
-Source: Linux ``include/uapi/linux/netfilter/nfnetlink.h`` and ``nf_tables.h``.  Netlink headers are in native order,
-numbers in attributes in network order.
+Source: Linux ``include/uapi/linux/netfilter/nfnetlink.h`` and ``nf_tables.h``.  Numbers in attributes are in network
+order.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from struct import Struct
 from typing import Final
 
 from ipsecq.errors import NetfilterError
+from ipsecq.netlink import (
+    NETLINK_ADD_MEMBERSHIP,
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    SOL_NETLINK,
+    attribute,
+    attributes,
+    error_number,
+    genmsg,
+    message,
+    messages,
+    string,
+)
 
 NETLINK_NETFILTER: Final = 12
-SOL_NETLINK: Final = 270
-NETLINK_ADD_MEMBERSHIP: Final = 1
 NFNLGRP_NFTABLES: Final = 7
-
-NLMSG_ERROR: Final = 2
-NLMSG_DONE: Final = 3
-NLM_F_REQUEST: Final = 0x1
-NLM_F_ACK: Final = 0x4
-NLM_F_DUMP: Final = 0x300
-NLM_F_CREATE: Final = 0x400
-NLM_F_APPEND: Final = 0x800
-NLA_F_NESTED: Final = 0x8000
 
 NFNL_MSG_BATCH_BEGIN: Final = 0x10
 NFNL_MSG_BATCH_END: Final = 0x11
@@ -53,43 +56,6 @@ NFTA_OBJ_TYPE: Final = 3
 NFTA_OBJ_DATA: Final = 4
 NFTA_COUNTER_BYTES: Final = 1
 NFTA_COUNTER_PACKETS: Final = 2
-
-_HEADER: Final = Struct("=IHHII")
-_GENMSG: Final = Struct(">BBH")
-_ATTRIBUTE: Final = Struct("=HH")
-_ERROR: Final = Struct("=i")
-
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded to four octets."""
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
-
-
-def nested(kind: int, *parts: bytes) -> bytes:
-    """An attribute that holds attributes."""
-    return attribute(kind | NLA_F_NESTED, b"".join(parts))
-
-
-def string(kind: int, text: str) -> bytes:
-    """An attribute that holds a string with its final zero octet."""
-    return attribute(kind, text.encode() + b"\0")
-
-
-def message(kind: int, flags: int, sequence: int, family: int, attributes: bytes = b"", resource: int = 0) -> bytes:
-    """One nfnetlink message."""
-    body = _GENMSG.pack(family, 0, resource) + attributes
-    return _HEADER.pack(16 + len(body), kind, flags | NLM_F_REQUEST, sequence, 0) + body
-
-
-def attributes(buffer: bytes) -> Iterator[tuple[int, bytes]]:
-    """(kind, value) of each attribute; ends at the first whose length does not fit."""
-    offset = 0
-    while offset + 4 <= len(buffer):
-        length, kind = _ATTRIBUTE.unpack_from(buffer, offset)
-        if length < 4 or offset + length > len(buffer):
-            return
-        yield kind & 0x3FFF, buffer[offset + 4 : offset + length]
-        offset += length + 3 & ~3
 
 
 class NftSocket:
@@ -136,20 +102,21 @@ class NftSocket:
         Raises NetfilterError with the errno of the first request that the kernel refused; nothing is changed then.
         """
         begin = self._sequence = self._sequence + 1
-        parts = [message(NFNL_MSG_BATCH_BEGIN, 0, begin, 0, resource=NFNL_SUBSYS_NFTABLES)]
+        frame = genmsg(0, NFNL_SUBSYS_NFTABLES)
+        parts = [message(NFNL_MSG_BATCH_BEGIN, 0, begin, frame)]
         for kind, flags, family, body in requests:
             self._sequence += 1
-            parts.append(message(kind, flags | NLM_F_ACK, self._sequence, family, body))
+            parts.append(message(kind, flags | NLM_F_ACK, self._sequence, genmsg(family) + body))
         last = self._sequence
         self._sequence += 1
-        parts.append(message(NFNL_MSG_BATCH_END, 0, self._sequence, 0, resource=NFNL_SUBSYS_NFTABLES))
+        parts.append(message(NFNL_MSG_BATCH_END, 0, self._sequence, frame))
         self.socket.send(b"".join(parts))
         waiting, failure = last - begin, 0
         while waiting > 0:
             for kind, sequence, body in self._receive():
                 if kind != NLMSG_ERROR or not begin <= sequence <= last:
                     continue
-                number = -_ERROR.unpack_from(body)[0]
+                number = error_number(body)
                 failure = failure or number
                 # An error of the whole batch carries the first message's sequence and ends it.
                 waiting = 0 if sequence == begin else waiting - 1
@@ -183,7 +150,7 @@ class NftSocket:
     def _dump(self, request: int, family: int, body: bytes) -> Iterator[tuple[int, dict[int, bytes]]]:
         """(message type, attributes) of each record."""
         self._sequence += 1
-        self.socket.send(message(request, NLM_F_DUMP, self._sequence, family, body))
+        self.socket.send(message(request, NLM_F_DUMP, self._sequence, genmsg(family) + body))
         while True:
             for kind, sequence, record in self._receive():
                 if sequence != self._sequence:
@@ -197,10 +164,4 @@ class NftSocket:
             buffer = self.socket.recv(1 << 18)
         except TimeoutError:
             raise NetfilterError("nf_tables did not answer within 10 s") from None
-        offset = 0
-        while offset + 16 <= len(buffer):
-            length, kind, _, sequence, _ = _HEADER.unpack_from(buffer, offset)
-            if length < 16:
-                return
-            yield kind, sequence, buffer[offset + 16 : offset + length]
-            offset += length + 3 & ~3
+        return messages(buffer)

@@ -6,14 +6,10 @@ Headers of netlink are in native order, what is in the attributes in network ord
 
 from __future__ import annotations
 
-import socket
 from struct import Struct
 from typing import Final, NamedTuple
 
-NETLINK_NETFILTER: Final = 12
-NLM_F_REQUEST: Final = 1
-NLM_F_ACK: Final = 4
-NLMSG_ERROR: Final = 2
+from ipsecq import netlink
 
 NFQNL_MSG_PACKET: Final = 0x300
 NFQNL_MSG_VERDICT: Final = 0x301
@@ -53,23 +49,14 @@ NF_QUEUE: Final = 3
 PAYLOAD_MAX: Final = 0xFFFF - 4
 """Longest payload of one message: the 16-bit length of the attribute counts its own header."""
 
-_HEADER: Final = Struct("=IHHIIBBH")
 _ATTRIBUTE: Final = Struct("=HH")
 _FIRST: Final = 20
 """Offset of the first attribute: netlink header and nfgenmsg."""
 
 
 def message(kind: int, flags: int, sequence: int, queue: int, attributes: bytes) -> bytes:
-    """One nfnetlink message for a queue."""
-    length = _FIRST + len(attributes)
-    # res_id is the queue number in network order.
-    header = _HEADER.pack(length, kind, flags, sequence, 0, 0, 0, socket.htons(queue))
-    return header + attributes + b"\0" * (-length & 3)
-
-
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
-    return _ATTRIBUTE.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
+    """One message for a queue."""
+    return netlink.message(kind, flags, sequence, netlink.genmsg(0, queue) + attributes)
 
 
 def be32(value: int) -> bytes:
