@@ -19,7 +19,7 @@ _COUNTED: Final = (
     ("ah_notdb", Grade.WARN, "unknown SPI", "the peer uses AH SAs that are not here ({count} packets)",
      "compare 'ipsecq setkey -D' at both ends"),
     ("esp_natt", Grade.FAIL, "NAT-T", "ESP came in UDP where the SA has none, or the other way round ({count} packets)",
-     "the same at both ends: setkey's -E … with 'nat-t' ports, or none"),
+     "protocol esp-udp at both ends, or esp at both"),
     ("esp_badilen", Grade.FAIL, "algorithm", "{count} ESP packets have a length that the SA's cipher cannot make: the "
      "algorithms differ", "compare the algorithms at both ends"),
     ("in_polvio", Grade.WARN, "policy", "{count} packets came in clear, or through another SA than policy wants, and were "
@@ -32,8 +32,8 @@ _COUNTED: Final = (
      "ip link show enc0"),
     ("out_held_overflow", Grade.WARN, "no SA", "{count} packets waited for an SA and found no room",
      "is a key daemon running? journalctl -u iked"),
-    ("in_pmtu_refused", Grade.WARN, "spoofed ICMP", "{count} ICMP errors named no live SA of ours, or an MTU that is too "
-     "small, and were not believed", "nothing, unless a router on the way sends them"),
+    ("in_pmtu_refused", Grade.WARN, "spoofed ICMP", "{count} ICMP errors quoted packets that live SAs of ours have not sent "
+     "of late, and were not believed", "nothing, unless a router on the way sends them"),
     ("overload", Grade.WARN, "offload", "{count} super-packets could not be cut", "set [offload] gso = false"),
 )  # fmt: skip
 
@@ -130,7 +130,7 @@ def _silence(name: str, sa: dict[str, Any], sas: list[dict[str, Any]]) -> Iterat
         other["packets"] or other["icv_failures"] or other["replays"] or other["drops"] for other in back
     ):
         advice = (
-            "ask the peer's administrator; tcpdump -ni DEVICE udp port 4500"
+            f"ask the peer's administrator; tcpdump -ni DEVICE udp port {sa['natt'][0]}"
             if sa["natt"]
             else "tcpdump -ni DEVICE proto 50; where a NAT or firewall eats ESP, use UDP encapsulation (NAT-T)"
         )
