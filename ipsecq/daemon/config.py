@@ -217,8 +217,8 @@ class _Checker:
             good = isinstance(value, str) and "\0" not in value and (not among or value in among)
         else:
             ports = hint == tuple[int, ...]
-            expected = "a list of port numbers" if ports else "a list of strings"
-            good = isinstance(value, list) and all(
+            expected = "a list of port numbers, at least one" if ports else "a list of strings"
+            good = isinstance(value, list) and bool(value or not ports) and all(
                 type(each) is int and 0 < each < 65536 if ports else isinstance(each, str) and "\0" not in each
                 for each in value
             )

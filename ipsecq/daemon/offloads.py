@@ -26,12 +26,10 @@ _REFUSED: Final = {
 
 def samples(
     config: OffloadConfig, workers: Sequence[WorkerSample], *, udp_problem: str = "", ring_problem: str = "",
-    encapsulating: bool = True,
 ) -> tuple[OffloadSample, ...]:  # fmt: skip
     """Every offload, as the workers that are up have it.
 
-    ``udp_problem`` and ``ring_problem``: what the kernel said when sockets for bursts, and rings, were opened;
-    ``encapsulating``: there are ``natt_ports``.
+    ``udp_problem`` and ``ring_problem``: what the kernel said when sockets for bursts, and rings, were opened.
     """
     found = []
     running = [worker for worker in workers if worker.up]
@@ -41,8 +39,6 @@ def samples(
         why = ""
         if not getattr(config, switch):
             why = f"switched off: [offload] {switch} = false"
-        elif offload is Offload.UDP_SEGMENT and not encapsulating:
-            why = "no ESP in UDP: [nftables] natt_ports is empty"
         elif offload is Offload.RING and not config.compiled:
             why = "rings are for the compiled code, and [offload] compiled = false"
         elif not running:

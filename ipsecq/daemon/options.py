@@ -148,7 +148,8 @@ class NftablesConfig:
         restart=True,
     )
     natt_ports: tuple[int, ...] = _option(
-        (4500,), "Local UDP ports that carry ESP behind NAT (RFC 3948).", shape="list of port numbers", restart=True
+        (4500,), "Local UDP ports that carry ESP behind NAT (RFC 3948): one or more.", shape="list of port numbers",
+        restart=True,
     )
     queue_bypass: bool = _option(
         False,

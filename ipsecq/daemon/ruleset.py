@@ -69,7 +69,7 @@ class Ruleset:
             raise DaemonError(f"netfilter: packets cannot be queued here: {missing}; see ipsecq doctor")
         settings = can.adapt(self._config.netfilter())
         # The rules name the ports of these sockets, and rely on these rings, so they come first.
-        self.udp = UdpSockets(settings.mark_done, wanted=self._config.offload.udp_segment and bool(settings.natt_ports))
+        self.udp = UdpSockets(settings.mark_done, wanted=self._config.offload.udp_segment)
         stack.callback(self.udp.close)
         wanted = self._config.offload.ring and self._config.offload.compiled and fastpath.active
         self.rings = await asyncio.to_thread(Rings, settings.queues, wanted=wanted)

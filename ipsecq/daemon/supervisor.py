@@ -187,7 +187,6 @@ class Supervisor:
             offloads=lambda workers: offloads.samples(
                 self.config.offload, workers, udp_problem=self.ruleset.udp.problem,
                 ring_problem=self.ruleset.rings.problem,
-                encapsulating=bool(self.config.nftables.natt_ports),
             ),
         )  # fmt: skip
         self._path_mtu = PathMtu(mark=self.ruleset.loader.settings.mark_done)

@@ -109,6 +109,7 @@ def test_workers_default_to_the_processors():
         ("[deamon]\n", "1:2:", "unknown table or key 'deamon'; expected [daemon]"),
         ("log = 3\n", "1:1:", "expected a table [log]"),
         ("[nftables]\nnatt_ports = [0]\n", "2:14:", "list of port numbers"),
+        ("[nftables]\nnatt_ports = []\n", "2:14:", "natt_ports: expected a list of port numbers, at least one, found []"),
         ("[nftables]\ntable = 'a b'\n", "2:9:", "letters, digits"),
         ("[nftables]\nmark_done = 3\nmark_stolen = 4\n", "3:1:", "single bits"),
         ("[nftables]\nenc_device = 'a/b'\n", "2:14:", "device name"),

@@ -62,11 +62,6 @@ def test_what_the_kernel_refuses_is_named(offload, says):
     assert all(each.active for each in found.values())
 
 
-def test_without_ports_for_esp_in_udp_nothing_is_refused_by_the_kernel():
-    found = shown(OffloadConfig(), worker(0, ALL & ~Offload.UDP_SEGMENT), encapsulating=False)
-    assert "natt_ports" in found["udp_segment"].why
-
-
 def test_a_dead_worker_does_not_count_and_without_any_that_is_the_reason():
     found = shown(OffloadConfig(), worker(0, ALL), worker(1, ALL, up=False))
     assert all(each.active and each.workers == (0,) for each in found.values())
