@@ -218,10 +218,10 @@ def _spi_chain(settings: NetfilterSettings) -> Iterator[str]:
     natt = ports(settings)
     yield "chain too_big {"
     # The quoted packet begins after the 8 octets of the ICMP header; an IPv4 header without options is assumed where
-    # ports are looked at, as ours have none.
+    # ports are looked at, as ours have none.  What IPv6 quotes behind extension headers the worker finds out.
     yield "  icmp type 3 icmp code 4 @th,136,8 { 50, 51, 108 } goto worker_0"
     yield f"  icmp type 3 icmp code 4 @th,64,8 0x45 @th,136,8 17 @th,224,16 {natt} goto worker_0"
-    yield "  icmpv6 type 2 @th,112,8 { 50, 51, 108 } goto worker_0"
+    yield "  icmpv6 type 2 @th,112,8 { 0, 43, 44, 50, 51, 60, 108 } goto worker_0"
     yield f"  icmpv6 type 2 @th,112,8 17 @th,384,16 {natt} goto worker_0"
     yield "}"
 

@@ -45,6 +45,8 @@ class IcmpError:
     """Where the quoted packet starts in the packet that was parsed."""
     inner_src: bytes
     inner_dst: bytes
+    upper_offset: int
+    """Where the quoted packet's upper layer (its AH, ESP or IPComp header) starts in ``quoted``; may be behind its end."""
     protocol: int
     spi: int
     sport: int
@@ -142,8 +144,9 @@ def parse_error(packet: Buffer) -> IcmpError | None:
         mtu = _U16.unpack_from(packet, view.offset + 6)[0]
     return IcmpError(
         version=view.version, type=kind, code=view.dport, mtu=mtu, source=view.src, inner_offset=inner,
-        inner_src=cause.src, inner_dst=cause.dst, protocol=cause.protocol, spi=_spi(quoted, cause),
-        sport=cause.sport, dport=cause.dport, inner_fragment=cause.fragment_word & 0x1FFF != 0, quoted=quoted,
+        inner_src=cause.src, inner_dst=cause.dst, upper_offset=cause.offset, protocol=cause.protocol,
+        spi=_spi(quoted, cause), sport=cause.sport, dport=cause.dport,
+        inner_fragment=cause.fragment_word & 0x1FFF != 0, quoted=quoted,
     )  # fmt: skip
 
 

@@ -1,12 +1,17 @@
 """Every MTU from 576 to 9000: TCP never stalls, and senders learn the tunnel's MTU from ICMP."""
 
+import contextlib
+import errno
 import re
+import socket
 
 import pytest
 
+from ipsecq.datapath.udp import IP_MTU_DISCOVER, IP_PMTUDISC_DONT
 from ipsecq.lab.capture import Capture, in_clear
+from ipsecq.lab.gateway import Tunnel
 from ipsecq.lab.netns import wait_for
-from ipsecq.lab.traffic import ping, tcp, udp_echo
+from ipsecq.lab.traffic import PMTUDISC_DO, ping, tcp, udp_echo
 
 pytestmark = pytest.mark.root
 
@@ -72,3 +77,85 @@ def test_an_ipv6_sender_learns_the_tunnels_mtu(make_world, mtu):
 
     wait_for(learned, "the tunnel's MTU", 15)
     assert ping(one.host, two.host6, count=3, size=1452) == 3  # in fragments now
+
+
+LARGE = 1400
+"""With any headers it is more than the wire behind the router carries, and less than the sender's own link does."""
+
+
+def told(space, kind, protocol, payload, *, address, bind=None):
+    """How a socket that must not fragment learns the path MTU: it goes on sending until the kernel says "too long"."""
+    with space.socket(socket.AF_INET, kind, protocol) as sender:
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DO)
+        if bind:
+            sender.bind(bind)
+
+        def refused():
+            try:
+                sender.sendto(payload, address)
+            except OSError as error:
+                return error.errno == errno.EMSGSIZE
+            return False
+
+        wait_for(refused, "EMSGSIZE", 15)
+
+
+def test_a_program_on_the_nat_t_port_learns_its_path_mtu(make_world):
+    """IKE beside ESP in UDP: after the non-ESP marker the packets are not ours, and neither are errors about them."""
+    world = make_world(lan_mtu=1500, wire_mtu=1400, router=True)
+    one, two = world.network.sites
+    ike = bytes(4) + bytes([7]) * (LARGE - 4)
+    told(one.gateway, socket.SOCK_DGRAM, 0, ike, address=(two.wan4, 4500), bind=(one.wan4, 4500))
+    assert route_mtu(one.gateway, two.wan4) == 1400
+    assert world.one.metric("ipsecq_events_total", event="pmtu_refused") == 0
+
+
+@pytest.mark.parametrize("protocol", ["esp", "esp-in-udp"])
+def test_a_host_behind_our_nat_with_ipsec_of_its_own_learns_its_path_mtu(make_world, protocol):
+    world = make_world(lan_mtu=1500, wire_mtu=1400, router=True)
+    one, two = world.network.sites
+    esp = (0x0BADCAFE).to_bytes(4, "big") + (1).to_bytes(4, "big") + bytes(LARGE - 8)
+    if protocol == "esp":
+        told(one.host, socket.SOCK_RAW, 50, esp, address=(two.wan4, 0))
+    else:
+        told(one.host, socket.SOCK_DGRAM, 0, esp, address=(two.wan4, 4500), bind=(one.host4, 4500))
+    assert route_mtu(one.host, two.wan4) == 1400
+
+
+class SixTunnel(Tunnel):
+    """IPv4 through an IPv6 tunnel."""
+
+    def setkey(self, near):
+        far = self.network.two if near is self.network.one else self.network.one
+        ends = near.wan6, far.wan6
+        return "\n".join([
+            *self.lines,
+            f"spdadd {near.lan4} {far.lan4} any -P out ipsec esp/tunnel/{ends[0]}-{ends[1]}/require;",
+            f"spdadd {far.lan4} {near.lan4} any -P in ipsec esp/tunnel/{ends[1]}-{ends[0]}/require;",
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize("udp", [False, True], ids=["esp", "esp-in-udp"])
+def test_an_ipv6_tunnel_learns_the_mtu_from_an_error_about_a_fragment_of_its_own(make_world, udp):
+    """Datagrams without DF, that are too long for the first link already: what the router quotes is a fragment."""
+    world = make_world(
+        lan_mtu=1500, wire_mtu=1400, router=True, tunnel=lambda network: SixTunnel(network, versions=(6,), udp=udp)
+    )
+    one, two = world.network.sites
+    with (
+        two.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        one.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind((two.host4, 7777))
+        receiver.setblocking(False)
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+
+        def arrives():
+            sender.sendto(bytes(1440), (two.host4, 7777))
+            with contextlib.suppress(BlockingIOError):
+                return len(receiver.recv(9000))
+            return 0
+
+        assert wait_for(arrives, "a datagram", 15) == 1440
+    assert world.one.metric("ipsecq_events_total", event="pmtu_learned") > 0
+    assert world.one.metric("ipsecq_events_total", event="pmtu_refused") == 0

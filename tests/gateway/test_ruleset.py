@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from netfilterqueue import NetfilterQueue
 from scapy.layers.inet import ICMP, IP, UDP
-from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrHopByHop
+from scapy.layers.inet6 import ICMPv6PacketTooBig, IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, IPv6ExtHdrHopByHop
 from scapy.packet import Raw
 
 from ipsecq.doctor.examination import examine
@@ -356,11 +356,14 @@ def test_icmp_too_big_about_our_packets_goes_to_worker_0_and_others_to_the_kerne
         IPv6(src="fd00:2::1", dst="fd00:9::1", nh=50) / Raw(bytes(24)),
         IPv6(src="fd00:2::1", dst="fd00:9::1") / UDP(sport=4500, dport=4500) / Raw(bytes(24)),
         IPv6(src="fd00:2::1", dst="fd00:9::1") / UDP(sport=53, dport=53) / Raw(bytes(24)),
+        IPv6(src="fd00:2::1", dst="fd00:9::1") / IPv6ExtHdrFragment(nh=50, m=1) / Raw(bytes(24)),
+        IPv6(src="fd00:2::1", dst="fd00:9::1") / IPv6ExtHdrDestOpt(nh=50) / Raw(bytes(24)),
     ):
         error = IPv6(src="fd00:2::2", dst="fd00:2::1") / ICMPv6PacketTooBig(mtu=1300)
         site.send(site.right, error / Raw(bytes(quoted)))
-    got = queues(site).take(4)
-    assert [(queue, packet[0] >> 4) for queue, packet in got] == [(0, 4), (0, 4), (0, 6), (0, 6)]
+    got = queues(site).take(6)
+    assert [(queue, packet[0] >> 4) for queue, packet in got] == [(0, 4), (0, 4), (0, 6), (0, 6), (0, 6), (0, 6)]
+    assert [packet[54] for _, packet in got[2:]] == [50, 17, 44, 60]
 
 
 def test_fragments_arrive_at_the_workers_as_whole_datagrams_in_both_directions(site: Site) -> None:
