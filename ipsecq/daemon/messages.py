@@ -55,6 +55,8 @@ class WorkerSetup:
     """Inherited sockets for bursts of ESP in UDP; empty: no bursts."""
     udp_port: int
     """The source port that our table gives to what they send."""
+    natt_ports: frozenset[int]
+    """The ports on which ESP in UDP arrives."""
     rings: tuple[RingSocket, ...]
     """Inherited packet rings, those of all workers; empty: ESP comes by the queues."""
     log: LogConfig

@@ -407,7 +407,8 @@ class Supervisor:
             settings.workers, settings.mark_done, settings.mark_stolen, settings.mark_sockets,
             self.config.nftables.enc_device,
             self.config.offload.coalesce, self.config.daemon.parallel_sas, tuple(self.ruleset.udp.sockets),
-            settings.natt_ports[0], tuple(self.ruleset.rings.sockets), self.config.log, self._journal,
+            settings.natt_ports[0], frozenset(settings.natt_ports), tuple(self.ruleset.rings.sockets), self.config.log,
+            self._journal,
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 
@@ -447,6 +448,7 @@ class Supervisor:
             authority.sad, authority.spd, authority.sysctl, self.table.words, self.pool.workers[0].counters,
             lambda slot, limit: (0, 0), os.urandom, parallel_sas=self.config.daemon.parallel_sas,
         )  # fmt: skip
+            natt_ports=frozenset(self.config.nftables.natt_ports),
 
     def mtu_of(self, dst: bytes) -> int:
         """The path MTU that workers know."""

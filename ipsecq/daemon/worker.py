@@ -165,6 +165,7 @@ class Worker:
             replica.sad, replica.spd, replica.sysctl, self._table.words, self._counters, self._leases, os.urandom,
             larval=replica.larval, burst_ports=frozenset({setup.udp_port} if setup.udp else ()),
             socket_of=SocketLookup(setup.mark_sockets, setup.enc_device), parallel_sas=setup.parallel_sas,
+            natt_ports=setup.natt_ports,
         )  # fmt: skip
         counters = cast("MutableSequence[int]", self._counters)
         outbound = OutboundRuns(tables, path_mtu.mtu_of, path_mtu.source_for)

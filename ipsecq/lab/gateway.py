@@ -58,6 +58,8 @@ class Tunnel:
     replay_octets: int = 32
     udp: bool = False
     """ESP in UDP."""
+    port: int = 4500
+    """The port at both ends of ESP in UDP."""
     hidden: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """(site number, IP version) to the address that stands for its LAN inside the tunnel, after source NAT."""
     lines: list[str] = field(default_factory=list)
@@ -67,9 +69,10 @@ class Tunnel:
         for version in self.versions:
             for near, far in (self.network.sites, self.network.sites[::-1]):
                 protocol = "esp-udp" if self.udp else "esp"
+                port = f"[{self.port}]" if self.udp else ""
                 self.lines.append(
-                    f"add {near.wan(version)} {far.wan(version)} {protocol} 0x{self.spi_from(near, version):x} -m tunnel"
-                    f" -r {self.replay_octets} {self.algorithm.keys()};"
+                    f"add {near.wan(version)}{port} {far.wan(version)}{port} {protocol}"
+                    f" 0x{self.spi_from(near, version):x} -m tunnel -r {self.replay_octets} {self.algorithm.keys()};"
                 )
 
     def spi_from(self, near: Site, version: int) -> int:
