@@ -46,6 +46,7 @@ from ipsecq.daemon.watch import Watch
 from ipsecq.datapath import enc0, tun
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
+from ipsecq.engine.pmtu import floor
 from ipsecq.engine.tables import Tables
 from ipsecq.errors import DaemonError, IpsecqError, StateError
 from ipsecq.metrics.server import MetricsServer
@@ -418,9 +419,9 @@ class Supervisor:
             kind = report["kind"]
             if kind == "path_mtu":
                 dst, mtu = bytes.fromhex(report["dst"]), int(report["mtu"])
+                mtu = max(mtu, floor(dst, self.authority.sysctl))
                 self.pool.broadcast([("path_mtu", dst, mtu)], but=worker.index)
-                if len(dst) in {4, 16}:
-                    self._path_mtu.learn(dst, mtu, time.time())
+                self._path_mtu.learn(dst, mtu, time.time())
             elif kind == "acquire":
                 wanted = (
                     int(report["policy"]), int(report["protocol"]), int(report["mode"]),
@@ -438,7 +439,7 @@ class Supervisor:
                     self.watch.moved(key, address, port)
                 if self.nat.follow(key, address, port):
                     self.spawn(self.publish())
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             log.warning("worker %d said something that makes no sense; ignored", worker.index)
 
     def tables(self) -> Tables:
@@ -447,8 +448,8 @@ class Supervisor:
         return Tables(
             authority.sad, authority.spd, authority.sysctl, self.table.words, self.pool.workers[0].counters,
             lambda slot, limit: (0, 0), os.urandom, parallel_sas=self.config.daemon.parallel_sas,
-        )  # fmt: skip
             natt_ports=frozenset(self.config.nftables.natt_ports),
+        )  # fmt: skip
 
     def mtu_of(self, dst: bytes) -> int:
         """The path MTU that workers know."""

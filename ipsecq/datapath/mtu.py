@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import Final
 
-from ipsecq.numbers import IPV4_MIN_MTU, IPV6_MIN_MTU
+from ipsecq.numbers import IPV4_LEAST_MTU, IPV6_MIN_MTU
 
 IP_MTU: Final = 14
 IPV6_MTU: Final = 24
@@ -58,11 +58,12 @@ class PathMtu:
     def learn(self, dst: bytes, mtu: int, now: float) -> bool:
         """Believe that the path to ``dst`` carries ``mtu`` octets; True when that is news.
 
-        Values below the protocol's minimum (576 of IPv4 by our choice, 1280 of IPv6) are raised to it, values that are
-        no smaller than what is known are ignored: an ICMP error never raises an MTU.
+        Values below what every link carries (68 octets of IPv4, 1280 of IPv6) are raised to it; that ``min_pmtu`` asks
+        for more is the engine's affair.  Values that are no smaller than what is known are ignored: an ICMP error never
+        raises an MTU.
         """
         self.advance(now)
-        mtu = max(mtu, IPV4_MIN_MTU if len(dst) == 4 else IPV6_MIN_MTU)
+        mtu = max(mtu, IPV4_LEAST_MTU if len(dst) == 4 else IPV6_MIN_MTU)
         if mtu >= self.mtu_of(dst):
             return False
         if len(self._learned) >= _MAX_ENTRIES:

@@ -31,8 +31,10 @@ def test_a_learned_mtu_never_raises_and_never_falls_below_the_minimum():
     assert path.learn(HERE4, 1400, 0.0)
     assert not path.learn(HERE4, 1450, 1.0)
     assert path.mtu_of(HERE4) == 1400
-    assert path.learn(HERE4, 68, 2.0)
-    assert path.mtu_of(HERE4) == 576
+    assert path.learn(HERE4, 500, 2.0)  # min_pmtu has been asked before
+    assert path.mtu_of(HERE4) == 500
+    assert path.learn(HERE4, 0, 2.0)
+    assert path.mtu_of(HERE4) == 68
     assert path.learn(HERE6, 100, 2.0)
     assert path.mtu_of(HERE6) == 1280
 
