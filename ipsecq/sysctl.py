@@ -62,7 +62,7 @@ def _table() -> Iterator[Variable]:
     )  # fmt: skip
     yield Variable(
         "net.inet.ipsec.min_pmtu", _BOTH, "min_pmtu", 576, 68, 65535,
-        "Smallest path MTU in octets that is believed from an ICMP error about an IPsec packet.",
+        "Smallest IPv4 path MTU in octets that is believed, whatever ICMP errors say; smaller routes and links count.",
     )  # fmt: skip
     yield Variable(
         "net.inet.ipsec.ah_cleartos", _BOTH, "ah_cleartos", 1, 0, _INT_MAX,

@@ -190,7 +190,9 @@ class Supervisor:
                 ring_problem=self.ruleset.rings.problem,
             ),
         )  # fmt: skip
-        self._path_mtu = PathMtu(mark=self.ruleset.loader.settings.mark_done)
+        self._path_mtu = PathMtu(
+            mark=self.ruleset.loader.settings.mark_done, floor=lambda: self.authority.sysctl.v4.min_pmtu
+        )
         output = RawOutput(self.ruleset.loader.settings.mark_done)
         stack.callback(output.close)
         self.nat = NatPeers(self.authority, output, self.sampler.is_local, config.daemon.natt_keepalive)

@@ -156,7 +156,7 @@ class Worker:
         udp = UdpOutput(setup.udp) if setup.udp else None
         rings = take_over(setup.rings, self._index, setup.workers)
         enc0 = Enc0(setup.enc_device, coalescing=setup.coalesce)
-        path_mtu = PathMtu(mark=setup.mark_done)
+        path_mtu = PathMtu(mark=setup.mark_done, floor=lambda: self._replica.sysctl.v4.min_pmtu)
         mirror = mirror_socket(setup.enc_device)
         # The sockets are open; of what is left only netlink (NFQUEUE) and SO_MARK ask for a capability.
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN])

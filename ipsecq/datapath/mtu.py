@@ -1,14 +1,18 @@
 """Path MTU and source address towards a destination: the kernel's routes, and what authenticated ICMP taught.
 
-The kernel is asked with a connected UDP socket (ip(7): IP_MTU, ipv6(7): IPV6_MTU), which sends nothing.
+The kernel is asked with a connected UDP socket (ip(7): IP_MTU, ipv6(7): IPV6_MTU), which sends nothing.  Its answer
+has in it what ICMP errors about other packets said (of pings, of IKE), which anybody can forge: ``min_pmtu`` bounds that
+in IPv4, as it bounds what is learned here.  In IPv6 the kernel itself believes nothing below 1280.
 Sources: RFC 1191 section 6.3 (forget after ten minutes), RFC 8201, RFC 4301 section 8.2.
 """
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Final
 
+from ipsecq.datapath import rtnetlink
 from ipsecq.numbers import IPV4_LEAST_MTU, IPV6_MIN_MTU
 
 IP_MTU: Final = 14
@@ -28,9 +32,10 @@ class PathMtu:
     ``advance(now)`` tells the time; the look-ups themselves take none, so that they fit the engine's callbacks.
     """
 
-    def __init__(self, *, mark: int = 0) -> None:
-        """``mark`` is the mark of our output, so that policy routing gives the same route."""
+    def __init__(self, *, mark: int = 0, floor: Callable[[], int] = lambda: IPV4_LEAST_MTU) -> None:
+        """``mark`` is the mark of our output, so that policy routing gives the same route; ``floor()`` is ``min_pmtu``."""
         self._mark = mark
+        self._floor = floor
         self._now = 0.0
         self.version = 0
         """Changes when answers may have changed before their time."""
@@ -109,6 +114,8 @@ class PathMtu:
                 probe.connect((socket.inet_ntop(family, dst), 9))
                 if family == socket.AF_INET:
                     mtu = probe.getsockopt(socket.IPPROTO_IP, IP_MTU)
+                    if mtu < (floor := self._floor()):
+                        mtu = max(mtu, min(floor, rtnetlink.configured_mtu(dst, self._mark)))
                 else:
                     mtu = probe.getsockopt(socket.IPPROTO_IPV6, IPV6_MTU)
                 source = socket.inet_pton(family, probe.getsockname()[0].partition("%")[0])

@@ -2,7 +2,9 @@
 
 IPv4 leaves by a raw socket with IP_HDRINCL (raw(7): the kernel writes the checksum, and the identification where it is
 0), IPv6 by one with IPV6_HDRINCL, which IPPROTO_RAW implies.  Both carry the mark DONE, so our own rules leave alone
-what was processed; every other rule of netfilter's output and postrouting hooks sees the datagrams as usual.
+what was processed; every other rule of netfilter's output and postrouting hooks sees the datagrams as usual.  What the
+kernel knows of the path to an IPv4 peer does not count here (IP_PMTUDISC_PROBE): whoever made a datagram has asked, and
+believes no less than ``min_pmtu``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,11 @@ SO_MARK: Final = 36
 SO_SNDBUFFORCE: Final = 32
 SEND_BUFFER: Final = 16 << 20
 IPV6_HDRINCL: Final = 36
+IP_MTU_DISCOVER: Final = 10
+IP_PMTUDISC_PROBE: Final = 3
+"""Only the device's MTU counts, not what the kernel knows of the path; DF is set where the kernel makes the header."""
+IP_PMTUDISC_OMIT: Final = 5
+"""The same without DF."""
 _FEW: Final = 6
 """Up to so many datagrams a loop of sendto is cheaper (3.6 µs each, of 1400 octets) than filling a vector (3 µs once,
 and 3.2 each); with 64 datagrams sendmmsg saves a tenth.  The rest is the kernel's way to the device."""
@@ -187,6 +194,7 @@ def _raw(family: int, mark: int) -> socket.socket:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     if family == socket.AF_INET:
         raw.setsockopt(socket.IPPROTO_IP, socket.IP_HDRINCL, 1)
+        raw.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE)
     else:
         raw.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
     raw.setblocking(False)

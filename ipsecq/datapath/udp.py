@@ -16,17 +16,20 @@ import struct
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from ipsecq.datapath.output import SEND_BUFFER, SO_MARK, SO_SNDBUFFORCE
+from ipsecq.datapath.output import (
+    IP_MTU_DISCOVER,
+    IP_PMTUDISC_OMIT,
+    IP_PMTUDISC_PROBE,
+    SEND_BUFFER,
+    SO_MARK,
+    SO_SNDBUFFORCE,
+)
 from ipsecq.engine.emit import Burst
 from ipsecq.engine.headers import TUNNEL_TTL
 
 SOL_UDP: Final = 17
 UDP_SEGMENT: Final = 103
 IP_PKTINFO: Final = 8
-IP_MTU_DISCOVER: Final = 10
-IP_PMTUDISC_DONT: Final = 0
-IP_PMTUDISC_PROBE: Final = 3
-"""Sets DF and believes no path MTU but the device's: ours is asked before."""
 IPV6_FLOWINFO: Final = 11
 
 _MAX_OPTIONS: Final = 1024
@@ -101,7 +104,7 @@ def _socket(family: int, df: bool, mark: int) -> socket.socket:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         if family == socket.AF_INET:
             one.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, TUNNEL_TTL)
-            one.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE if df else IP_PMTUDISC_DONT)
+            one.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_PROBE if df else IP_PMTUDISC_OMIT)
         else:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, TUNNEL_TTL)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from ipsecq.datapath.udp import IP_MTU_DISCOVER
+from ipsecq.datapath.output import IP_MTU_DISCOVER
 from ipsecq.lab.netns import LabError, Namespace
 from ipsecq.packet.checksum import ones_complement
 

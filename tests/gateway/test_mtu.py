@@ -2,18 +2,22 @@
 
 import contextlib
 import errno
+import json
 import re
 import socket
 
 import pytest
 
-from ipsecq.datapath.udp import IP_MTU_DISCOVER, IP_PMTUDISC_DONT
+from ipsecq.datapath.output import IP_MTU_DISCOVER
 from ipsecq.lab.capture import Capture, in_clear
 from ipsecq.lab.gateway import Tunnel
 from ipsecq.lab.netns import wait_for
 from ipsecq.lab.traffic import PMTUDISC_DO, ping, tcp, udp_echo
+from ipsecq.packet import icmp, ipv4
 
 pytestmark = pytest.mark.root
+
+PMTUDISC_DONT = 0
 
 MTUS = [576, 900, 1280, 1400, 1492, 1500, 4000, 9000]
 
@@ -46,7 +50,7 @@ def test_tcp_and_udp_cross_a_wire_of_any_mtu(make_world, mtu, router):
 
 def route_mtu(host, destination):
     """The path MTU that a host has learned towards a destination."""
-    found = re.search(r"mtu (\d+)", host.run("ip", "route", "get", destination).stdout)
+    found = re.search(r"mtu (?:lock )?(\d+)", host.run("ip", "route", "get", destination).stdout)
     return int(found[1]) if found else 1500
 
 
@@ -148,7 +152,7 @@ def test_an_ipv6_tunnel_learns_the_mtu_from_an_error_about_a_fragment_of_its_own
     ):
         receiver.bind((two.host4, 7777))
         receiver.setblocking(False)
-        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_DONT)
 
         def arrives():
             sender.sendto(bytes(1440), (two.host4, 7777))
@@ -159,3 +163,48 @@ def test_an_ipv6_tunnel_learns_the_mtu_from_an_error_about_a_fragment_of_its_own
         assert wait_for(arrives, "a datagram", 15) == 1440
     assert world.one.metric("ipsecq_events_total", event="pmtu_learned") > 0
     assert world.one.metric("ipsecq_events_total", event="pmtu_refused") == 0
+
+
+def path_mtu(gateway, *flow):
+    """What the daemon knows of the way to the flow's tunnel end."""
+    return json.loads(gateway.command("explain", *flow, "--live", "--json").stdout)["path_mtu"]
+
+
+@pytest.mark.parametrize("udp", [False, True], ids=["esp", "esp-in-udp"])
+def test_forged_errors_that_the_kernel_believes_do_not_bring_a_tunnel_below_min_pmtu(make_world, udp):
+    """An error about a ping's answer names no socket and no SA: the kernel lets anybody lower a route's MTU with one."""
+    world = make_world(
+        router=True, lan_mtu=1500, wire_mtu=1500, tunnel=lambda network: Tunnel(network, udp=udp),
+        settings="[sysctl]\nnet.inet.ipsec.min_pmtu = 1280\n",
+    )  # fmt: skip
+    one, two = world.network.sites
+    ends = [socket.inet_aton(site.wan4) for site in (one, two)]
+    answer = ipv4.header(*ends, 1, 64) + bytes(64)
+    forged = icmp.too_big(answer, 100, socket.inet_aton("192.0.2.254"))
+
+    def lowered():
+        with world.network.router.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as forger:
+            forger.sendto(forged, (one.wan4, 0))
+        return route_mtu(one.gateway, two.wan4) < 600
+
+    wait_for(lowered, "the kernel to believe it", 15)
+    flow = one.host4, two.host4, "tcp", "1", "2"
+    wait_for(lambda: path_mtu(world.one, *flow) == 1280, "the daemon to ask again", 15)
+    with Capture(world.network.router, "left") as wire:
+        assert tcp(one.host, two.host, two.host4, 200_000).digest_matches
+        assert udp_echo(one.host, two.host, two.host4, [3000]).lost == []
+        wire.settle()
+    lengths = [len(frame.ip) for frame in wire.frames() if frame.version == 4 and frame.ip[12:16] == ends[0]]
+    assert max(lengths) > 1200
+    assert world.one.metric("ipsecq_events_total", event="pmtu_learned") == 0
+
+
+def test_a_link_and_a_route_that_are_smaller_than_min_pmtu_are_obeyed(make_world):
+    world = make_world(lan_mtu=1500, wire_mtu=900, settings="[sysctl]\nnet.inet.ipsec.min_pmtu = 1400\n")
+    one, two = world.network.sites
+    flow = one.host4, two.host4, "tcp", "1", "2"
+    assert path_mtu(world.one, *flow) == 900
+    assert tcp(one.host, two.host, two.host4, 200_000).digest_matches
+    one.gateway.ip(f"route add {two.wan4}/32 dev wan mtu 700")
+    wait_for(lambda: path_mtu(world.one, *flow) == 700, "the route's MTU", 15)
+    assert tcp(one.host, two.host, two.host4, 200_000).digest_matches

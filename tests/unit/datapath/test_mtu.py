@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import socket
 
+import pytest
+
+from ipsecq.datapath import rtnetlink
 from ipsecq.datapath.mtu import LEARNED_SECONDS, PathMtu
 
 HERE4 = socket.inet_aton("127.0.0.1")
@@ -44,3 +47,13 @@ def test_a_destination_without_route_gets_a_default_and_no_source():
     nowhere = socket.inet_pton(socket.AF_INET6, "fe80::1")  # link-local without a scope: no route can say where
     assert path.mtu_of(nowhere) == 1500
     assert path.source_for(nowhere) == bytes(16)
+
+
+@pytest.mark.parametrize(("floor", "configured", "believed"), [(70000, 68000, 65535), (66000, 65535, 65535)])
+def test_a_floor_raises_no_mtu_above_what_a_datagram_can_have(monkeypatch, floor, configured, believed):
+    monkeypatch.setattr(rtnetlink, "configured_mtu", lambda dst, mark: configured)
+    assert PathMtu(floor=lambda: floor).mtu_of(HERE4) == believed
+
+
+def test_the_configured_mtu_of_the_loopback_is_its_devices():
+    assert rtnetlink.configured_mtu(HERE4, 0) == 65536
