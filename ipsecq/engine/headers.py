@@ -130,16 +130,28 @@ def with_tos(packet: bytes, tos: int) -> bytes:
 
 
 def own_header(packet: Buffer, view: PacketView, protocol: int, payload: int) -> bytes:
-    """The packet's own header, up to ``view.header_length``, around another payload: for transport mode.
+    """The packet's own header, up to ``view.header_length``, around another payload: where transport mode begins.
 
     ``payload`` is the new payload's length in octets, ``protocol`` its protocol.  b"" when the packet would be
     longer than IP allows.
     """
-    end = view.header_length
+    return _around(packet, view.version, view.header_length, view.header_nexthdr, protocol, payload)
+
+
+def opened_header(packet: Buffer, view: PacketView, protocol: int, payload: int) -> bytes:
+    """All headers in front of the AH, ESP, IPComp or UDP header at ``view.offset``, around what that held.
+
+    IPv6 destination options may stand there, too (RFC 4302 and RFC 4303 section 3.1.1): the sender decides.  Arguments
+    and result as for :func:`own_header`.
+    """
+    return _around(packet, view.version, view.offset, view.nexthdr_offset, protocol, payload)
+
+
+def _around(packet: Buffer, version: int, end: int, named_by: int, protocol: int, payload: int) -> bytes:
     length = end + payload
     head = bytearray(packet[:end])
-    head[view.header_nexthdr] = protocol
-    if view.version == 4:
+    head[named_by] = protocol
+    if version == 4:
         if length > 65535:
             return b""
         head[2], head[3] = length >> 8, length & 0xFF

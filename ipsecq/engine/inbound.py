@@ -14,7 +14,7 @@ from typing import Final
 from ipsecq.counters import FIRST_DROP, Counter, Fate
 from ipsecq.engine import history
 from ipsecq.engine.emit import Emissions
-from ipsecq.engine.headers import ECN_NOCARE, decapsulated_ecn, own_header, with_tos
+from ipsecq.engine.headers import ECN_NOCARE, decapsulated_ecn, opened_header, with_tos
 from ipsecq.engine.history import Applied, History
 from ipsecq.engine.inbound_sa import InboundSa, make_inbound
 from ipsecq.engine.pmtu import PathMtuCheck
@@ -34,7 +34,7 @@ from ipsecq.numbers import (
     Protocol,
 )
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.fragments import Reassembler
+from ipsecq.packet.fragments import Reassembler, strip_fragment_header
 from ipsecq.packet.view import PacketView
 from ipsecq.policy.model import Policy, Selector
 from ipsecq.sa.association import SecurityAssociation
@@ -223,6 +223,11 @@ class Inbound:
                 return _NOTDB[protocol]
             if self._disabled and (disabled := self._disabled.get((view.version, protocol))):
                 return disabled
+            if view.fragment_header and not view.fragment_word & 0x3FFF:
+                # Atomic (RFC 6946): as if it had been reassembled, which comes before AH and ESP.
+                packet = strip_fragment_header(packet, view)
+                view.load(packet)
+                offset -= 8
             reason, next_header, payload = ready.open(packet, view, offset, encapsulated, now, emit)
             if reason:
                 return reason
@@ -242,7 +247,7 @@ class Inbound:
             if sa.natt is not None:
                 knobs = tables.sysctl.v4 if view.version == 4 else tables.sysctl.v6
                 payload = natt.fix_checksum(payload, next_header, view, sa.natt, knobs.natt_cksum_policy)
-            header = own_header(packet, view, next_header, len(payload))
+            header = opened_header(packet, view, next_header, len(payload))
             packet = header + payload if header else b""
             if not view.load(packet):
                 return _INVALID[protocol]

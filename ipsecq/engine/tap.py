@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from ipsecq.crypto import registry
 from ipsecq.engine.emit import Burst, Emissions
-from ipsecq.engine.headers import own_header
+from ipsecq.engine.headers import opened_header
 from ipsecq.engine.history import History
 from ipsecq.engine.inbound_sa import InboundSa, Opened
 from ipsecq.engine.outbound_sa import OutboundStep
@@ -277,7 +277,7 @@ class _Ready:
         for watcher in self.before:
             if watcher.take():
                 room = True
-                front = own_header(packet, view, next_header, len(payload))
+                front = opened_header(packet, view, next_header, len(payload))
                 watcher.record(BEFORE, self._enc[view.version], front, payload)
         for watcher in self.after:
             if not watcher.take():
@@ -286,7 +286,7 @@ class _Ready:
             if tunnel:
                 watcher.record(AFTER, self._enc[6 if next_header == IPPROTO_IPV6 else 4], b"", payload)
             else:
-                front = own_header(packet, view, next_header, len(payload))
+                front = opened_header(packet, view, next_header, len(payload))
                 watcher.record(AFTER, self._enc[view.version], front, payload)
         self._tap.quiet = not room
 

@@ -13,7 +13,7 @@ from scenarios import Scenario, Step
 from ipsecq.counters import FIRST_DROP, Counter, Fate
 from ipsecq.engine import standalone
 from ipsecq.engine.emit import Acquire, Emissions, PathMtuLearned
-from ipsecq.engine.headers import own_header
+from ipsecq.engine.headers import opened_header
 from ipsecq.engine.inbound_sa import make_inbound
 from ipsecq.numbers import Direction, Mode, Protocol
 from ipsecq.packet import checksum, icmp, ipv4, ipv6
@@ -171,7 +171,7 @@ class Runner:
             reason, following, payload = ready.open(packet, view, offset, encapsulated, NOW, Emissions())
             assert not reason, Counter(reason).name
             fresh = following in {4, 41}
-            packet = payload if fresh else own_header(packet, view, following, len(payload)) + payload
+            packet = payload if fresh else opened_header(packet, view, following, len(payload)) + payload
 
 
 def databases(sas: str, policies: str) -> tuple[list[SecurityAssociation], list[Policy]]:

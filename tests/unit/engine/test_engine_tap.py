@@ -123,6 +123,23 @@ def test_transport_mode_has_one_header_in_all_views(sa, chain, flags):
     assert {enc[2] for _, enc, _ in watcher.seen} == {flags}
 
 
+def test_headers_in_front_of_transport_mode_are_shown():
+    watcher = Watcher()
+    chain = "ipsec esp/transport//require"
+    near, far = watched(
+        sas_of(TRANSPORT.replace("10.1.0.7 10.2.0.7", "fd01::7 fd02::7")), policy("out", "fd01::/64", "fd02::/64", chain),
+        policy("in", "fd01::/64", "fd02::/64", chain), watcher, BOTH,
+    )  # fmt: skip
+    _, (wire,) = near.send(udp("fd01::7", "fd02::7", b"inner"))
+    watcher.seen.clear()
+    options = bytes((50, 0, 1, 4, 0, 0, 0, 0))
+    there = wire[:4] + (len(wire) - 32).to_bytes(2, "big") + b"\x3c" + wire[7:40] + options + wire[40:]
+    fate, inner = far.receive(there)
+    assert fate == Fate.DONE
+    assert inner[0][40:48] == b"\x11" + options[1:]
+    assert [packet for _, _, packet in watcher.seen] == inner * 2
+
+
 def test_each_sa_of_a_bundle_shows_its_own_packets():
     watcher = Watcher()
     sas = sas_of(TRANSPORT, AH)
