@@ -37,7 +37,7 @@ from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import Reassembler, strip_fragment_header
 from ipsecq.packet.view import PacketView
 from ipsecq.policy.model import Policy, Selector
-from ipsecq.sa.association import SecurityAssociation
+from ipsecq.sa.association import NatTraversal, SecurityAssociation
 from ipsecq.transforms import natt
 
 MAX_DEPTH: Final = 16
@@ -181,6 +181,7 @@ class Inbound:
         """
         view, counters, tables = self._view, self._counters, self._tables
         fresh = bool(opened)  # the packet came out of a tunnel: what is inside needs no SA of ours
+        natted: NatTraversal | None = None  # of an SA that was opened behind this IP header
         for _ in range(MAX_DEPTH - len(opened)):
             protocol = view.protocol
             if protocol == _ESP:
@@ -205,7 +206,7 @@ class Inbound:
                 fate = self._enter_tunnel(packet, view.version, view.tos, Counter.IPCOMP_INVALID)
                 if isinstance(fate, int):
                     return fate
-                packet, fresh = fate, True
+                packet, fresh, natted = fate, True, None
                 continue
             else:
                 break
@@ -241,18 +242,18 @@ class Inbound:
                 fate = self._enter_tunnel(payload, view.version, view.tos, _INVALID[protocol])
                 if isinstance(fate, int):
                     return fate
-                packet, fresh = fate, True
+                packet, fresh, natted = fate, True, None
                 continue
-            sa = ready.sa
-            if sa.natt is not None:
-                knobs = tables.sysctl.v4 if view.version == 4 else tables.sysctl.v6
-                payload = natt.fix_checksum(payload, next_header, view, sa.natt, knobs.natt_cksum_policy)
+            natted = ready.sa.natt or natted
             header = opened_header(packet, view, next_header, len(payload))
             packet = header + payload if header else b""
             if not view.load(packet):
                 return _INVALID[protocol]
         else:
             return Counter.IN_TOODEEP
+        if natted is not None:
+            knobs = tables.sysctl.v4 if view.version == 4 else tables.sysctl.v6
+            packet = natt.fix_checksum(packet, view, natted, knobs.natt_cksum_policy)
         return self._enter(packet, opened, now, emit)
 
     def _ready(self, key: tuple[bytes, int, int]) -> InboundSa | None:

@@ -111,31 +111,31 @@ _FIELD: Final = {IPPROTO_TCP: (16, 20), IPPROTO_UDP: (6, 8)}
 """By protocol: where the checksum is, and the least octets of a segment."""
 
 
-def fix_checksum(payload: bytes, protocol: int, view: PacketView, original: OriginalAddresses, policy: int) -> bytes:
-    """A transport mode payload whose TCP or UDP checksum fits the addresses that it arrived with.
+def fix_checksum(packet: Buffer, view: PacketView, original: OriginalAddresses, policy: int) -> Buffer:
+    """A datagram out of transport mode with a TCP or UDP checksum that fits the addresses that it arrived with.
 
-    The sender summed the addresses on its side of the NAT; ``view`` has loaded the datagram as it arrived here.
+    The sender summed the addresses on its side of the NAT; ``view`` has loaded ``packet``, all transforms off.
     ``policy`` is ``natt_cksum_policy`` of ipsec(4).  0: incremental (RFC 1624) when an original address is known, so
     that an error stays an error; else the checksum is ignored: ESP vouches for the octets, and what goes on to the
     kernel gets UDP checksum 0 (IPv4), or the right one where the kernel would look at it.  Not 0: always computed
     anew.
     """
-    where = _FIELD.get(protocol)
-    if where is None or len(payload) < where[1]:
-        return payload
-    field = where[0]
-    old = payload[field] << 8 | payload[field + 1]
-    if protocol == IPPROTO_UDP and not old and view.version == 4:
-        return payload
+    where = _FIELD.get(view.protocol)
+    if where is None or view.is_fragment or view.length - view.offset < where[1]:
+        return packet
+    at = view.offset + where[0]
+    udp = view.protocol == IPPROTO_UDP
+    old = packet[at] << 8 | packet[at + 1]
+    if udp and not old and view.version == 4:
+        return packet
     known = original.original_src is not None or original.original_dst is not None
     if not policy and known:
         before = (original.original_src or view.src) + (original.original_dst or view.dst)
         new = checksum.update(old, before, view.src + view.dst)
-    elif not policy and protocol == IPPROTO_UDP and view.version == 4:
-        return b"".join((payload[:field], b"\0\0", payload[field + 2 :]))
+        if udp and not new:
+            new = 0xFFFF
+    elif not policy and udp and view.version == 4:
+        new = 0
     else:
-        blank = b"".join((payload[:field], b"\0\0", payload[field + 2 :]))
-        new = checksum.transport(view.src, view.dst, protocol, blank)
-    if protocol == IPPROTO_UDP and not new:
-        new = 0xFFFF
-    return b"".join((payload[:field], new.to_bytes(2, "big"), payload[field + 2 :]))
+        return checksum.complete(packet, view)
+    return b"".join((packet[:at], new.to_bytes(2, "big"), packet[at + 2 :]))

@@ -29,11 +29,14 @@ from hypothesis import strategies as st
 
 from ipsecq import fastpath
 from ipsecq.counters import Counter
+from ipsecq.crypto import cipher
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.numbers import Mode
+from ipsecq.packet.checksum import verify_transport
 from ipsecq.packet.segments import split
 from ipsecq.sa.association import Lifetime, NatTraversal
+from ipsecq.transforms.esp import EspTransform
 
 
 def senders(sa, outer: int, **more) -> tuple[Peer, Fast]:
@@ -218,6 +221,32 @@ def test_any_mix_ends_as_it_does_in_the_engine(kind, outer, udp_encapsulated, es
         assert fast.events == single.events
         fast.events = []
         alike(one, other)
+
+
+@pytest.mark.parametrize("policy_knob", [0, 1])
+def test_transport_mode_behind_a_nat_is_left_to_the_engine_under_an_sa_of_either_mode(policy_knob):
+    near, far = OUTER[4]
+    sa = association("gcm", 4, natt=NatTraversal(), mode=Mode.ANY)
+    tunnel = policy("in", *LANS[4], f"ipsec esp/tunnel/{near}-{far}/require")
+    knobs = {"net.inet.ipsec.natt_cksum_policy": policy_knob}
+    here = policy("in", f"{near}/32", f"{far}/32", "ipsec esp/transport//require")
+    one, other = (make_peer([sa], [tunnel, here], knobs) for _ in range(2))
+    fast = Fast(other)
+    seal = EspTransform(sa.spi, cipher.build(sa.encryption, sa.encryption_key, None, None)).seal
+    segment = udp("10.9.9.9", far, bytes(200))[20:]
+    arriving = []
+    for number in range(1, 21):
+        payload, follows = [(udp(*INNER[4], b"inside"), 4), (segment, 17)][number % 2]
+        body = seal(payload, follows, number)
+        arriving.append(udp(near, far, body, sport=4500, dport=4500))
+    emit = Emissions()
+    for datagram in arriving:
+        one.inbound.process(datagram, one.now, emit)
+    assert fast.receive(arriving) == emit.inner
+    assert len(emit.inner) == 20
+    assert all(verify_transport(packet) for packet in emit.inner)
+    assert fast.taken == 9
+    alike(one, other)
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x45\x00", b"\x60\x00"]), st.booleans())

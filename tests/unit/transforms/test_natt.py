@@ -133,12 +133,17 @@ def segment(protocol, src, dst, wrong=0):
 FAMILIES = {4: (PRIVATE, NAT, HERE), 6: (PRIVATE6, NAT6, HERE6)}
 
 
-def arrived(version):
+def fix(payload, protocol, version, original, policy, extension=b""):
+    """What becomes of a payload that arrives, all transforms off, behind an extension header that names it."""
     _, nat, here = FAMILIES[version]
-    header = ipv4.header(nat, here, 50, 30) if version == 4 else ipv6.header(nat, here, 50, 30)
+    header = ipv4.header if version == 4 else ipv6.header
+    follows = 60 if extension else protocol
+    packet = header(nat, here, follows, len(extension) + len(payload)) + extension + payload
     view = PacketView()
-    assert view.load(header + bytes(30))
-    return view
+    assert view.load(packet)
+    fixed = natt.fix_checksum(packet, view, original, policy)
+    assert fixed[: view.offset] == packet[: view.offset]
+    return fixed[view.offset :]
 
 
 def right(version, protocol, payload):
@@ -154,19 +159,19 @@ class TestChecksumPolicy:
         sent = segment(protocol, private, here)
         assert not right(version, protocol, sent)
         for known in (Originals(private, here), Originals(private)):
-            fixed = natt.fix_checksum(sent, protocol, arrived(version), known, 0)
+            fixed = fix(sent, protocol, version, known, 0)
             assert right(version, protocol, fixed)
 
     def test_incremental_keeps_an_error_an_error(self, version, protocol):
         private, _, here = FAMILIES[version]
         sent = segment(protocol, private, here, wrong=0x0400)
-        fixed = natt.fix_checksum(sent, protocol, arrived(version), Originals(private), 0)
+        fixed = fix(sent, protocol, version, Originals(private), 0)
         assert not right(version, protocol, fixed)
 
     def test_without_original_addresses_the_checksum_is_ignored(self, version, protocol):
         private, _, here = FAMILIES[version]
         sent = segment(protocol, private, here, wrong=0x0400)
-        fixed = natt.fix_checksum(sent, protocol, arrived(version), Originals(), 0)
+        fixed = fix(sent, protocol, version, Originals(), 0)
         if protocol == 17 and version == 4:
             assert fixed == sent[:6] + b"\0\0" + sent[8:]
         else:  # nobody can tell the kernel to ignore it, so it gets one that is right
@@ -176,7 +181,7 @@ class TestChecksumPolicy:
         private, _, here = FAMILIES[version]
         sent = segment(protocol, private, here, wrong=0x0400)
         for known in (Originals(), Originals(private)):
-            assert right(version, protocol, natt.fix_checksum(sent, protocol, arrived(version), known, 1))
+            assert right(version, protocol, fix(sent, protocol, version, known, 1))
 
     def test_no_segment_is_changed_but_for_its_checksum(self, version, protocol):
         private, _, here = FAMILIES[version]
@@ -184,14 +189,14 @@ class TestChecksumPolicy:
         field = 16 if protocol == 6 else 6
         for policy in (0, 1):
             for known in (Originals(), Originals(private)):
-                fixed = natt.fix_checksum(sent, protocol, arrived(version), known, policy)
+                fixed = fix(sent, protocol, version, known, policy)
                 assert fixed[:field] + fixed[field + 2 :] == sent[:field] + sent[field + 2 :]
 
 
 def test_udp_without_a_checksum_stays_without_one_over_ipv4():
     sent = struct.pack(">HHHH", 1000, 53, 13, 0) + b"data!"
     for policy in (0, 1):
-        assert natt.fix_checksum(sent, 17, arrived(4), Originals(PRIVATE), policy) == sent
+        assert fix(sent, 17, 4, Originals(PRIVATE), policy) == sent
 
 
 @pytest.mark.parametrize(
@@ -199,4 +204,23 @@ def test_udp_without_a_checksum_stays_without_one_over_ipv4():
 )
 def test_other_protocols_and_short_segments_are_left_alone(protocol, payload):
     for policy in (0, 1):
-        assert natt.fix_checksum(payload, protocol, arrived(4), Originals(PRIVATE), policy) == payload
+        assert fix(payload, protocol, 4, Originals(PRIVATE), policy) == payload
+
+
+@pytest.mark.parametrize("protocol", [6, 17])
+@pytest.mark.parametrize("policy", [0, 1])
+def test_the_checksum_behind_destination_options_is_found(protocol, policy):
+    options = bytes((protocol, 0, 1, 4, 0, 0, 0, 0))
+    sent = segment(protocol, PRIVATE6, HERE6)
+    for known in (Originals(), Originals(PRIVATE6)):
+        assert right(6, protocol, fix(sent, protocol, 6, known, policy, options))
+
+
+@pytest.mark.parametrize("policy", [0, 1])
+def test_fragments_keep_the_checksum_of_the_whole(policy):
+    for offset in (1, 8):  # the first one, and a later one
+        sent = segment(17, PRIVATE6, HERE6) + bytes(3)
+        packet = ipv6.header(NAT6, HERE6, 44, 8 + len(sent)) + struct.pack(">BxHI", 17, offset, 9) + sent
+        view = PacketView()
+        assert view.load(packet)
+        assert natt.fix_checksum(packet, view, Originals(), policy) == packet
