@@ -21,7 +21,7 @@ IPPROTO_ANY: Final = 255
 NATT_PORT: Final = 4500
 IPV4_MIN_MTU: Final = 576
 IPV4_LEAST_MTU: Final = 68
-"""What every link carries whole (RFC 791 section 3.2)."""
+"""What every link carries whole (RFC 791 section 3.2); a sender is never asked for less."""
 IPV6_MIN_MTU: Final = 1280
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from ipsecq.counters import Counter
@@ -11,6 +12,7 @@ from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView
 
+_MAX_PACKET: Final = 65535
 _BUNDLED: Final = int(Counter.OUT_BUNDLESA)
 
 
@@ -70,7 +72,7 @@ class Bundle:
     def sealed_length(self, length: int, header: int) -> int:
         """Octets of the finished datagram for a packet of ``length`` whose IP header has ``header`` octets.
 
-        IPComp counts as if nothing could be compressed.
+        IPComp counts as if nothing could be compressed; TFC padding is left out.
         """
         for step in self.steps:
             length = step.sealed_length(length, header)
@@ -95,3 +97,30 @@ class Bundle:
                 self._largest.clear()
             found = self._largest[mtu, header] = low
         return found
+
+
+class PaddedBundle(Bundle):
+    """A bundle with TFC padding, which fills what the path MTU leaves and no more: alone it never makes a packet too long.
+
+    A class of its own, so that other bundles are not asked for padding with each packet.
+    """
+
+    __slots__ = ("_mtu_of", "_padded")
+
+    def __init__(
+        self, steps: tuple[OutboundStep, ...], dst: bytes, counters: memoryview, mtu_of: Callable[[bytes], int]
+    ) -> None:
+        """``mtu_of`` is that of :class:`ipsecq.engine.outbound.Outbound`."""
+        super().__init__(steps, dst, counters)
+        self._mtu_of = mtu_of
+        self._padded = [
+            (step.padding, Bundle(steps[place:], dst, counters))
+            for place, step in enumerate(steps) if step.padding is not None
+        ]  # fmt: skip
+
+    def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
+        """See :class:`Bundle`."""
+        mtu = min(self._mtu_of(self.dst), _MAX_PACKET)
+        for padding, onward in self._padded:  # an SA may be in several bundles
+            padding.fill = min(padding.wanted, onward.largest(mtu, 0))
+        return super().apply(packet, view, now, emit)

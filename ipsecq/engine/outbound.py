@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Final
 
 from ipsecq.counters import FIRST_DROP, Counter, Fate
-from ipsecq.engine.bundle import Bundle
+from ipsecq.engine.bundle import Bundle, PaddedBundle
 from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.emit import Acquire, Burst, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.engine.tap import Tap
-from ipsecq.numbers import IPPROTO_TCP, IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
+from ipsecq.numbers import IPPROTO_TCP, IPV4_LEAST_MTU, IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
 from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import fragment
@@ -293,7 +293,11 @@ class Outbound:
         """One bundle for all flows that take the same way one after the other: many flows, little memory."""
         bundle = self._bundles.get(steps[0])
         if bundle is None or bundle.dst != dst or bundle.steps != steps:
-            bundle = self._bundles[steps[0]] = Bundle(steps, dst, self._counters)
+            if any(step.padding is not None for step in steps):
+                bundle = PaddedBundle(steps, dst, self._counters, self._mtu_of)
+            else:
+                bundle = Bundle(steps, dst, self._counters)
+            self._bundles[steps[0]] = bundle
         return bundle
 
     @staticmethod
@@ -345,7 +349,7 @@ class Outbound:
         header = view.header_length
         room = bundle.largest(mtu, header)
         if view.version == 4 and view.dont_fragment:
-            self._tell_mtu(packet, view, room, emit)
+            self._tell_mtu(packet, view, max(room, IPV4_LEAST_MTU), emit)
             return Counter.IP_TOOBIG
         if view.version == 6 and view.length > IPV6_MIN_MTU and self._may_tell(view, now):
             self._tell_mtu(packet, view, max(room, IPV6_MIN_MTU), emit)

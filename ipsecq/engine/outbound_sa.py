@@ -17,6 +17,7 @@ from ipsecq.crypto import cipher
 from ipsecq.engine.accounting import Account
 from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.headers import OuterHeader, own_header
+from ipsecq.engine.padding import Padding
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP
 from ipsecq.numbers import Protocol as IpsecProtocol
@@ -59,6 +60,7 @@ class OutboundStep(Protocol):
 
     sa: SecurityAssociation
     tunnel: bool
+    padding: Padding | None
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """Transform ``packet``, whose headers ``view`` has loaded; an int is the drop's Counter."""
@@ -69,7 +71,10 @@ class OutboundStep(Protocol):
         """The datagrams of a super-packet's segments with ``size`` octets of data each; None: one by one, please."""
 
     def sealed_length(self, length: int, header: int) -> int:
-        """Octets of the datagram that this step makes of one of ``length`` octets whose IP header has ``header``."""
+        """Octets of the datagram that this step makes of one of ``length`` octets whose IP header has ``header``.
+
+        Without TFC padding, which takes no more than is left.
+        """
 
 
 def outer_header(sa: SecurityAssociation, protocol: int, tables: Tables) -> OuterHeader:
@@ -92,7 +97,8 @@ class EspStep:
         self.sa = sa
         self.tunnel = tunnel
         built = cipher.build(sa.encryption or "null", sa.encryption_key, sa.authentication, sa.authentication_key)
-        self._transform = EspTransform(sa.spi, built, esn=sa.esn, tfc_pad=sa.tfc_pad if tunnel else 0)
+        self._transform = EspTransform(sa.spi, built, esn=sa.esn)
+        self.padding = Padding(sa.tfc_pad) if tunnel and sa.tfc_pad else None
         self._iv_length = built.iv_length
         self._iv_is_counter = built.iv_is_counter
         self._pool = pool
@@ -105,7 +111,7 @@ class EspStep:
         self._outer = outer_header(sa, self._protocol, tables) if tunnel else None
         self._bursts = sa.natt is not None and sa.natt.sport in tables.burst_ports
         # UDP's checksum, which IPv6 needs (the kernel makes it for bursts), and TFC padding are not made for runs.
-        plain = tunnel and not sa.tfc_pad and (self._bursts or not (sa.natt and len(sa.dst) == 16))
+        plain = tunnel and self.padding is None and (self._bursts or not (sa.natt and len(sa.dst) == 16))
         self._seal_run: Callable[[int, int, list[Buffer], bool], list[bytes]] | None = (
             getattr(built, "seal_run", None) if plain else None
         )
@@ -259,8 +265,11 @@ class EspStep:
         """See :class:`OutboundStep`."""
         outer = self._outer
         header = 0 if outer is not None else view.header_length
-        inner = view.length - header
-        behind = self._udp + self._transform.sealed_length(inner)
+        inner = filled = view.length - header
+        padding = self.padding
+        if padding is not None and padding.fill > inner:
+            filled = padding.fill
+        behind = self._udp + self._transform.sealed_length(filled)
         if behind + (outer.length if outer is not None else header) > _MAX_PACKET:
             return Counter.ESP_TOOBIG
         if not self._account.charge(inner, now, emit):
@@ -286,7 +295,7 @@ class EspStep:
         counters[_ESP_OUTPUT] += 1
         counters[_ESP_OBYTES] += inner
         payload = packet if not header and view.length == len(packet) else memoryview(packet)[header : view.length]
-        sealed = self._transform.seal(payload, next_header, sequence, iv, prefix)
+        sealed = self._transform.seal(payload, next_header, sequence, iv, prefix, filled)
         if self._udp and prefix[0] >= 0x60:  # UDP's checksum may be 0 in IPv4 only
             return natt.finish(sealed)
         return sealed
@@ -302,6 +311,8 @@ def _identified(header: bytes, sequence: int) -> bytes:
 
 class AhStep:
     """AH, transport or tunnel mode: the same thing but for the header in front."""
+
+    padding: Padding | None = None
 
     def __init__(self, sa: SecurityAssociation, tables: Tables, tunnel: bool) -> None:
         self.sa = sa
@@ -370,6 +381,8 @@ class AhStep:
 
 class IpcompStep:
     """IPComp, transport or tunnel mode.  What would not become shorter goes on uncompressed (RFC 3173 section 2.2)."""
+
+    padding: Padding | None = None
 
     def __init__(self, sa: SecurityAssociation, tables: Tables, tunnel: bool) -> None:
         self.sa = sa

@@ -153,7 +153,9 @@ def outer_header(datagram: bytes, inner: int, length: int) -> bytes:
 class _Step:
     """An outbound step that is watched."""
 
-    __slots__ = ("_apply", "_apply_run", "_enc", "_tap", "after", "before", "missed", "sa", "sealed_length", "tunnel")
+    __slots__ = (
+        "_apply", "_apply_run", "_enc", "_tap", "after", "before", "missed", "padding", "sa", "sealed_length", "tunnel",
+    )  # fmt: skip
 
     sealed_length: Callable[[int, int], int]
 
@@ -164,6 +166,7 @@ class _Step:
         self.missed = 0
         self._enc = enc_headers(step.sa)
         self.sa, self.tunnel, self.sealed_length = step.sa, step.tunnel, step.sealed_length
+        self.padding = step.padding
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """See :class:`OutboundStep`.  What is dropped is not shown: it never was under way."""

@@ -57,22 +57,17 @@ def _trailers(align: int) -> list[bytes]:
 
 
 class EspTransform:
-    """One SA's ESP.  ``spi`` is a host-order int, ``tfc_pad`` the octets to which payloads are filled up (0: off).
-
-    TFC padding (RFC 4303 section 2.7) follows the payload, so the receiver must find the payload's own end: use it in
-    tunnel mode, where the inner IP header says it.
-    """
+    """One SA's ESP.  ``spi`` is a host-order int."""
 
     __slots__ = (
         "_align", "_fixed", "_minimum", "_open", "_open_run", "_seal", "_trailers",
-        "cipher", "esn", "iv_length", "random_length", "spi", "tfc_pad",
+        "cipher", "esn", "iv_length", "random_length", "spi",
     )  # fmt: skip
 
-    def __init__(self, spi: int, cipher: EspCipher, *, esn: bool = False, tfc_pad: int = 0) -> None:
+    def __init__(self, spi: int, cipher: EspCipher, *, esn: bool = False) -> None:
         self.spi = spi
         self.cipher = cipher
         self.esn = esn
-        self.tfc_pad = tfc_pad
         self.iv_length = cipher.iv_length
         self.random_length = 0 if cipher.iv_is_counter else cipher.iv_length
         """Random octets that :meth:`seal` needs from its caller; 0 when the sequence number makes the IV."""
@@ -88,33 +83,32 @@ class EspTransform:
     """Octets of padding, pad length and next header at most, with blocks of 16 octets."""
 
     def trailer(self, payload_length: int, next_header: int) -> bytes:
-        """Padding, pad length and next header behind a payload of this many octets (TFC padding left out)."""
+        """Padding, pad length and next header behind a payload of this many octets."""
         return self._trailers[payload_length % self._align] + _OCTET[next_header]
 
     def sealed_length(self, payload_length: int) -> int:
-        """Octets from SPI to ICV for a payload of this many octets."""
-        padded = payload_length if payload_length > self.tfc_pad else self.tfc_pad
-        return self._fixed + (padded + 1 + self._align) // self._align * self._align
+        """Octets from SPI to ICV for a payload of this many octets, TFC padding counted as payload."""
+        return self._fixed + (payload_length + 1 + self._align) // self._align * self._align
 
     def max_payload(self, available: int) -> int:
-        """The longest payload whose sealed length is at most ``available``; negative when not even an empty one fits.
-
-        TFC padding is left out: it must itself be no longer than this.
-        """
+        """The longest payload whose sealed length is at most ``available``; negative when not even an empty one fits."""
         return (available - self._fixed) // self._align * self._align - 2
 
     def seal(
-        self, payload: Buffer, next_header: int, sequence: int, iv: bytes = b"", prefix: Buffer = b""
+        self, payload: Buffer, next_header: int, sequence: int, iv: bytes = b"", prefix: Buffer = b"", fill: int = 0
     ) -> bytes:
         """``prefix`` and the ESP packet of ``payload``, in one allocation.
 
         ``sequence`` is the full 64-bit number (32 bits without ESN).  ``iv`` is ``random_length`` random octets
         for CBC; counter modes make it from ``sequence`` when it is empty, and one that is given must never repeat.
+
+        A payload of less than ``fill`` octets gets TFC padding up to that (RFC 4303 section 2.7).  The receiver must
+        find the payload's own end: use it in tunnel mode, where the inner IP header says it.
         """
         length = len(payload)
-        if length < self.tfc_pad:
-            payload = b"".join((payload, bytes(self.tfc_pad - length)))
-            length = self.tfc_pad
+        if length < fill:
+            payload = b"".join((payload, bytes(fill - length)))
+            length = fill
         low = sequence & 0xFFFFFFFF
         return self._seal(
             prefix,

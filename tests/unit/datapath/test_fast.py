@@ -223,6 +223,33 @@ def test_any_mix_ends_as_it_does_in_the_engine(kind, outer, udp_encapsulated, es
         alike(one, other)
 
 
+@pytest.mark.parametrize("outer", [4, 6])
+@pytest.mark.parametrize("inner", [4, 6])
+def test_tfc_padding_is_left_to_the_engine_and_taken_off_as_there(outer, inner):
+    sa = association("gcm", outer, tfc_pad=1500)
+    single, fast = senders(sa, outer)
+    packets = [udp(*INNER[inner], bytes([n]) * n, df=n % 2 == 0) for n in range(40)]
+    packets += [tcp(inner, 1200, seq=n) for n in (1, 2)]
+    wire, made = [], []
+    for fast.peer.mtu in (1500, 1400):
+        single.mtu = fast.peer.mtu
+        fast.paths.version += 1
+        wire += [datagram for packet in packets for datagram in single.send(packet)[1]]
+        made += [datagram for packet in packets for datagram in fast.send(packet)] + fast.finish()
+    assert made == wire
+    assert max(map(len, wire)) <= 1500
+    assert fast.taken == 0
+    alike(single, fast.peer)
+    _, one, other = peers(sa, outer)
+    emit = Emissions()
+    for datagram in wire:
+        one.inbound.process(datagram, one.now, emit)
+    receiver = Fast(other)
+    assert [normal(packet) for packet in receiver.receive(wire)] == [normal(packet) for packet in emit.inner]
+    assert len(emit.inner) == 2 * len(packets)
+    alike(one, receiver.peer)
+
+
 @pytest.mark.parametrize("policy_knob", [0, 1])
 def test_transport_mode_behind_a_nat_is_left_to_the_engine_under_an_sa_of_either_mode(policy_knob):
     near, far = OUTER[4]
