@@ -62,7 +62,9 @@ MtuOf = Callable[[bytes], int]
 """``mtu_of(dst) -> octets``: the path MTU towards a packed address."""
 
 OnDrop = Callable[[str, Buffer, int], None]
-"""``on_drop(way, packet, reason)`` hears of each dropped packet: ``in`` or ``out``, and the Counter."""
+"""``on_drop(way, packet, reason)`` hears of each dropped packet: ``in`` or ``out``, and the Counter.
+
+Of segments that drop it hears once, with their super-packet."""
 Flow = tuple[bytes, bytes, int, int, int, bool, int]
 """Addresses, protocol, ports, whether it is a fragment, mark of the socket's policy."""
 
@@ -182,22 +184,25 @@ class Outbound:
         if data <= size:
             return -1
         count = -(-data // size)
+        dropped = count
         if isinstance(decision, int):
             fate = decision
         else:
             if decision.sealed_length(header + size, view.header_length) > self._mtu_of(decision.dst):
                 return -1
-            finished, fate = decision.apply_run(packet, view, size, now, emit)
+            finished, reason = decision.apply_run(packet, view, size, now, emit)
             self._collect(finished, emit)
-            if finished:
-                if fate:
-                    counters[fate] += count - len(finished)
-                fate = _DONE
+            fate = reason or _DONE
+            dropped -= len(finished)
         counters[_OUT_PACKETS] += count
         counters[_OUT_BYTES] += view.length + (count - 1) * header
         counters[_FLOW_HIT] += count
         if fate >= FIRST_DROP:
-            counters[fate] += count
+            counters[fate] += dropped
+            if self.on_drop is not None:
+                self.on_drop("out", packet, fate)
+            if dropped < count:
+                fate = _DONE
         elif fate == _PASS:
             counters[Counter.OUT_PASSED] += count
         return fate

@@ -326,3 +326,27 @@ def test_a_hard_limit_lets_the_segments_before_it_pass() -> None:
     assert left.outbound.process_super(packet, 1000, 1000.0, left.emit) == Fate.DONE
     assert len(left.emit.wire) == 3
     assert left.count(Counter.ESP_EXPIRED) == 2
+
+
+@pytest.mark.parametrize(("limit", "dropped"), [(1, 4), (3, 2), (9, 0)], ids=["all", "some", "none"])
+def test_the_drop_log_hears_of_a_super_packet_of_which_segments_drop(limit: int, dropped: int) -> None:
+    left, _ = tunnel("10.1.0.0/24", "10.2.0.0/24", A, B, hard=Lifetime(allocations=limit))
+    packet = tcp_super("10.1.0.2", "10.2.0.2", 4000)
+    left.send(split(packet, 1000)[0])
+    heard: list[tuple[str, bytes, int]] = []
+    left.outbound.on_drop = lambda way, octets, reason: heard.append((way, bytes(octets), reason))
+    left.emit.clear()
+    left.outbound.process_super(packet, 1000, 1000.0, left.emit)
+    assert left.count(Counter.ESP_EXPIRED) == dropped
+    assert heard == ([("out", packet, Counter.ESP_EXPIRED)] if dropped else [])
+
+
+def test_the_drop_log_hears_of_a_super_packet_that_policy_discards() -> None:
+    left = make_peer([], [policy("out", "10.1.0.0/24", "10.2.0.0/24", "discard")])
+    packet = tcp_super("10.1.0.2", "10.2.0.2", 4000)
+    left.send(split(packet, 1000)[0])
+    heard: list[tuple[str, bytes, int]] = []
+    left.outbound.on_drop = lambda way, octets, reason: heard.append((way, bytes(octets), reason))
+    assert left.outbound.process_super(packet, 1000, 1000.0, left.emit) == Counter.OUT_DISCARD
+    assert heard == [("out", packet, Counter.OUT_DISCARD)]
+    assert left.count(Counter.OUT_DISCARD) == 5
