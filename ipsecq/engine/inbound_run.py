@@ -206,11 +206,11 @@ def _consecutive(octets: memoryview, places: range, spi: int, number: int) -> bo
 
 
 def _datagram(head: bytes, version: int, piece: Buffer) -> bytes:
-    """One datagram of a super-packet that began with ``head``: IP and UDP header."""
+    """One datagram of a super-packet that began with ``head``: IP, perhaps extension headers, and UDP."""
     datagram = bytearray(head)
     datagram += piece
     length = len(datagram)
-    at = 20 if version == 4 else 40
+    at = len(head) - natt.HEADER_LENGTH
     _U16(datagram, at + 4, length - at)
     _U16(datagram, 2 if version == 4 else 4, length if version == 4 else length - 40)
     return bytes(datagram)

@@ -168,6 +168,27 @@ def test_a_super_packet_of_esp_in_udp_ends_as_its_datagrams_do(outer, damage):
     assert one.tables.words.tolist() == other.tables.words.tolist()
 
 
+@pytest.mark.parametrize("damage", [None, 0, 5])
+def test_a_super_packet_behind_an_extension_header_ends_as_its_datagrams_do(damage):
+    left, one, other = peers(association("gcm", 6, natt=NatTraversal()), 6)
+    wire = [left.send(udp(*INNER[4], bytes([n]) * 700))[1][0] for n in range(8)]
+    if damage is not None:
+        wire[damage] = wire[damage][:-1] + bytes([wire[damage][-1] ^ 1])
+    options = bytes((17, 0, 1, 4, 0, 0, 0, 0))
+
+    def extended(packet):
+        return packet[:4] + (len(packet) - 32).to_bytes(2) + b"\x3c" + packet[7:40] + options + packet[40:]
+
+    single, emit = Emissions(), Emissions()
+    for datagram in wire:
+        one.inbound.process(extended(datagram), one.now, single)
+    assert InboundRuns(other.tables).process_super(extended(united(wire)), other.now, emit)
+    assert emit.inner == single.inner
+    assert len(single.inner) == (8 if damage is None else 7)
+    assert one.tables.counters.tolist() == other.tables.counters.tolist()
+    assert one.tables.words.tolist() == other.tables.words.tolist()
+
+
 @pytest.mark.parametrize("gap", [3, 11])
 def test_a_super_packet_with_a_gap_is_left_to_the_kernel_untouched(gap):
     left, _, other = peers(association("gcm", 4, natt=NatTraversal()), 4)
