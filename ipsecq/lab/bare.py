@@ -24,7 +24,7 @@ from ipsecq.lab.netns import Namespace
 from ipsecq.numbers import IPPROTO_UDP
 from ipsecq.packet import checksum, ipv4, ipv6
 from ipsecq.packet.fragments import Reassembler
-from ipsecq.packet.view import PacketView
+from ipsecq.packet.view import HOP_BY_HOP, PacketView
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.association import Slot
 from ipsecq.sa.sad import Sad
@@ -139,16 +139,20 @@ class BareGateway:
         return whole
 
 
-def udp(src: bytes, dst: bytes, sport: int, dport: int, payload: bytes, *, head: bytes = b"", tos: int = 0) -> bytes:
+def udp(
+    src: bytes, dst: bytes, sport: int, dport: int, payload: bytes, *, head: bytes = b"", kind: int = HOP_BY_HOP,
+    tos: int = 0,
+) -> bytes:  # fmt: skip
     """A UDP datagram with right checksums.
 
-    ``head``: IPv4 options (a multiple of 4 octets), or one IPv6 hop-by-hop header that names UDP as what follows it.
+    ``head``: IPv4 options (a multiple of 4 octets), or one IPv6 extension header, of type ``kind``, that names UDP as what
+    follows it.
     """
     fixed = b"".join(number.to_bytes(2, "big") for number in (sport, dport, 8 + len(payload)))
     total = checksum.transport(src, dst, IPPROTO_UDP, b"".join((fixed, b"\0\0", payload))) or 0xFFFF
     segment = b"".join((fixed, total.to_bytes(2, "big"), payload))
     if len(src) == 16:
-        follows = 0 if head else IPPROTO_UDP
+        follows = kind if head else IPPROTO_UDP
         return ipv6.header(src, dst, follows, len(head) + len(segment), traffic_class=tos) + head + segment
     packet = bytearray(ipv4.header(src, dst, IPPROTO_UDP, len(head) + len(segment), tos=tos, identification=sport))
     packet[0] += len(head) // 4

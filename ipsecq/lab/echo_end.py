@@ -1,7 +1,7 @@
 """A UDP echo server as a program, which also opens the kernel's door for ESP in UDP.  Standard library only.
 
-It runs inside User-Mode Linux.  Port 7 answers from the address that was asked; the sockets on port 4500 exist so that
-the kernel takes ESP from them (UDP_ENCAP, RFC 3948).
+It runs inside User-Mode Linux.  Port 7 answers from the address that was asked, and with the IPv6 destination options
+that it was asked with; the sockets on port 4500 exist so that the kernel takes ESP from them (UDP_ENCAP, RFC 3948).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def bound(family: int, port: int) -> socket.socket:
     if family == socket.AF_INET6:
         end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVDSTOPTS, 1)
     else:
         end.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
         end.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)  # fragments, never EMSGSIZE
@@ -47,11 +48,15 @@ def bypass(end: socket.socket) -> None:
 def answer(end: socket.socket) -> None:
     """Echo one datagram, from the address that it was sent to."""
     data, control, _, sender = end.recvmsg(65535, 256)
+    back = []
     for level, kind, info in control:
         if level == socket.IPPROTO_IP and kind == IP_PKTINFO:
-            end.sendmsg([data], [(level, kind, bytes(4) + info[8:12] + bytes(4))], 0, sender)
+            back.append((level, kind, bytes(4) + info[8:12] + bytes(4)))
         elif level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-            end.sendmsg([data], [(level, kind, info[:16] + bytes(4))], 0, sender)
+            back.append((level, kind, info[:16] + bytes(4)))
+        elif level == socket.IPPROTO_IPV6 and kind == socket.IPV6_DSTOPTS:
+            back.append((level, kind, info))
+    end.sendmsg([data], back, 0, sender)
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ from ipsecq.lab.cells import AEAD, IPCOMP, MACS, Cell, Ends, Suite, ah, esp, set
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.uml import UmlPeer
 from ipsecq.numbers import IPPROTO_UDP
+from ipsecq.packet.checksum import verify_transport
+from ipsecq.packet.view import DESTINATION_OPTIONS, HOP_BY_HOP, PacketView
 
 SIZES: Final = (1, 2, 3, 15, 16, 89, 100, 512, 1281, 1400, 1472, 3000, 9000)
 """Octets of UDP payload; the wire's MTU is 1500."""
@@ -60,6 +62,8 @@ _OPTIONS: Final = {
     # Hop-by-hop: next header UDP, PadN, an unknown option to skip whose data may change en route, PadN.
     6: bytes.fromhex("1101 01020000 3e04deadbeef 01020000"),
 }
+_DESTINATION: Final = bytes.fromhex("1100 3e04deadbeef")
+"""Destination options: next header UDP, an unknown option to skip whose data may change en route."""
 
 _ESP: Final = (
     *AEAD,
@@ -245,14 +249,14 @@ class Bench:
         gateway.load(setkey(cell, ends), cell.first)
         before = self.peer.read("/proc/net/xfrm_stat")
         near, far = (_packed(text.split("/")[0]) for text in (ends.near_inner, ends.far_inner))
-        waiting: dict[int, tuple[bytes, bytes]] = {}
+        waiting: dict[int, _Sample] = {}
         excused = set()
         failures: list[str] = []
         late = False
 
         def send(port: int) -> None:
-            payload, head = waiting[port]
-            if why := gateway.send(udp(near, far, port, 7, payload, head=head)):
+            payload, head, kind = waiting[port]
+            if why := gateway.send(udp(near, far, port, 7, payload, head=head, kind=kind)):
                 failures.append(f"{len(payload)} octets not sent: {why}")
             elif cell.natt and cell.outer == 6 and len(gateway.sent[0]) < LEAST_UDP6:
                 excused.add(port)
@@ -303,29 +307,48 @@ class Bench:
         }
 
 
-def _payloads(cell: Cell) -> Iterator[tuple[bytes, bytes]]:
-    """(UDP payload, options or hop-by-hop header) of each datagram: noise, text, and in transport mode options."""
+_Sample = tuple[bytes, bytes, int]
+"""UDP payload; IPv4 options or an IPv6 extension header; and its type."""
+
+
+def _payloads(cell: Cell) -> Iterator[_Sample]:
+    """Each datagram: noise, text, and in transport mode options.
+
+    The echo has destination options, too, if there were some.  The kernel puts its transforms behind them, we in front.
+    """
     source = random.Random(cell.name)  # noqa: S311 - test data
     for size in SIZES:
-        yield source.randbytes(size), b""
+        yield source.randbytes(size), b"", 0
         if size >= 100:
-            yield (b"compressible " * (size // 13 + 1))[:size], b""
+            yield (b"compressible " * (size // 13 + 1))[:size], b"", 0
     if cell.mode == "transport":
-        yield source.randbytes(200), _OPTIONS[cell.inner]
-        yield b"options " * 40, _OPTIONS[cell.inner]
+        heads = [(_OPTIONS[cell.inner], HOP_BY_HOP)]
+        if cell.inner == 6:
+            heads.append((_DESTINATION, DESTINATION_OPTIONS))
+        for head, kind in heads:
+            yield source.randbytes(200), head, kind
+            yield b"options " * 40, head, kind
 
 
-def _settle(packet: bytes, near: bytes, far: bytes, waiting: dict[int, tuple[bytes, bytes]]) -> list[str]:
+def _settle(packet: bytes, near: bytes, far: bytes, waiting: dict[int, _Sample]) -> list[str]:
     """Take an echo off the list, or say what is wrong with it; other traffic of the peer is ignored."""
-    at, protocol = ((packet[0] & 15) * 4, packet[9]) if packet[0] >> 4 == 4 else (40, packet[6])
-    src, dst = (packet[12:16], packet[16:20]) if packet[0] >> 4 == 4 else (packet[8:24], packet[24:40])
-    if protocol != IPPROTO_UDP:
+    view = PacketView()
+    if not view.load(packet):
+        return [f"a malformed datagram: {packet[:48].hex()}"]
+    if view.protocol != IPPROTO_UDP:
         return []
-    if src != far or dst != near or packet[at : at + 2] != b"\0\x07":
+    if (view.src, view.dst, view.sport) != (far, near, 7):
         return [f"a datagram that nobody asked for: {packet[:48].hex()}"]
-    wanted = waiting.pop(int.from_bytes(packet[at + 2 : at + 4], "big"), None)
-    if wanted is not None and packet[at + 8 :] != wanted[0]:
-        return [f"{len(wanted[0])} octets came back altered"]
+    wanted = waiting.pop(view.dport, None)
+    if wanted is None:
+        return []
+    payload, head, kind = wanted
+    if packet[view.offset + 8 : view.length] != payload:
+        return [f"{len(payload)} octets came back altered"]
+    if kind == DESTINATION_OPTIONS and packet[40 : view.offset] != head:
+        return [f"destination options came back as {packet[40 : view.offset].hex()}"]
+    if not verify_transport(packet, view):
+        return [f"{len(payload)} octets came back with a wrong checksum"]
     return []
 
 

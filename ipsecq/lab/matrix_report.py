@@ -15,7 +15,8 @@ cells with every `make test`.
 The engine stands on one side of a wire, the IPsec of an unmodified Linux {kernel} (Debian's User-Mode Linux) on the other.
 Every cell has SAs with fresh keys in both directions, and policies that require them. Its datagrams go to the kernel's end
 and must come back unchanged: {sizes} octets of UDP payload
-over an MTU of 1500, random and compressible, in transport mode also with IPv4 options or an IPv6 hop-by-hop header. The
+over an MTU of 1500, random and compressible, in transport mode also with IPv4 options or IPv6 hop-by-hop or
+destination options, which the kernel sends in front of its transforms. The
 kernel's `xfrm_stat` must not move, every SA of it must have carried packets and count no failure, and nothing may have been
 dropped at our side. ESN cells begin eight packets before the low half of the sequence number wraps, in both directions.
 
