@@ -25,6 +25,7 @@ from ipsecq.daemon.options import (
     NftablesConfig,
     OffloadConfig,
 )
+from ipsecq.daemon.textfile import read_text
 from ipsecq.errors import ConfigError, SysctlError
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.policy.interface import Interface
@@ -131,13 +132,7 @@ class Config:
 
 def load(path: Path) -> Config:
     """Read and check a file.  Raises :class:`ConfigError` with the place of the first mistake."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("expected UTF-8 text", file=str(path)) from error
-    return parse(text, path.absolute())
+    return parse(read_text(path), path.absolute())
 
 
 def parse(text: str, path: Path = DEFAULT_PATH) -> Config:

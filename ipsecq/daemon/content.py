@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +12,8 @@ from pathlib import Path
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.config import Config
 from ipsecq.daemon.options import SECTIONS
-from ipsecq.errors import ConfigError, DaemonError
+from ipsecq.daemon.textfile import read_text
+from ipsecq.errors import DaemonError
 from ipsecq.policy.spd import Spd
 from ipsecq.sa.sad import Sad
 from ipsecq.setkey.apply import apply
@@ -32,16 +36,42 @@ def read(path: Path) -> Content:
     config = configuration.load(path)
     sad, spd = Sad(), Spd()
     for file in config.policy_files:
-        try:
-            text = file.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
-            raise ConfigError(f"cannot be read: {reason}", file=str(file)) from error
+        text = read_text(file)
         applied = apply(
             parse(text, str(file)), sad, spd, now=time.time(), file=str(file), allow_legacy=config.daemon.allow_legacy
         )
         sad, spd = applied.sad, applied.spd
     return Content(config, sad, spd, Sysctl(config.sysctl))
+
+
+async def read_aside(path: Path) -> Content:
+    """:func:`read` in a thread of its own: a hundred thousand SAs take seconds, a sick disk takes for ever.
+
+    Not in a pool: nobody joins this thread, so a daemon that is told to stop does not wait for its files.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Content] = loop.create_future()
+
+    def deliver(content: Content | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        elif content is not None:
+            result.set_result(content)
+
+    def body() -> None:
+        content: Content | None = None
+        failure: BaseException | None = None
+        try:
+            content = read(path)
+        except BaseException as error:  # handed on to who awaits
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(deliver, content, failure)
+
+    threading.Thread(target=body, name="files", daemon=True).start()
+    return await result
 
 
 def check_reload(old: Config, new: Config) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from ipsecq.errors import NetfilterError
 from ipsecq.netfilter.plan import Plan
 from ipsecq.netfilter.settings import NetfilterSettings
 from ipsecq.numbers import Action, Direction
@@ -36,8 +37,12 @@ def included(settings: NetfilterSettings) -> list[str]:
 
 
 def inner_files(settings: NetfilterSettings) -> list[str]:
-    """The operator's files in the order of their names."""
-    return sorted(map(str, Path(settings.inner_dir).glob("*.nft"))) if settings.inner_dir else []
+    """The operator's files in the order of their names.  NetfilterError for a FIFO or the like: nft would wait for it."""
+    found = sorted(Path(settings.inner_dir).glob("*.nft")) if settings.inner_dir else []
+    for path in found:
+        if path.exists() and not path.is_file():
+            raise NetfilterError(f"{path}: expected a regular file")
+    return list(map(str, found))
 
 
 class InnerTable:
