@@ -183,19 +183,31 @@ app.add_typer(pcap, name="pcap")
 
 @state.command()
 def reset(
-    spi: Annotated[str, typer.Argument(help="The SA's SPI, decimal or 0x hexadecimal.")],
+    spi: Annotated[str, typer.Argument(metavar="[SPI]", help="The SA's SPI, decimal or 0x hexadecimal.")] = "",
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every SA that refuses to send, and every key that will be loaded: none was ever used before."
+        ),
+    ] = False,
     config: ConfigOption = configuration.DEFAULT_PATH,
 ) -> None:
     """Say that an SA that refuses to send has keys that were never used: it may send from now on.
 
     With keys that were used before, this gives the cipher away.
+
+    After a state file was refused, each new hand-made key refuses to send until it is reset, since it may be one that
+    was used before the loss.  When no key from then is left, neither in the gateway nor in a file that may be loaded
+    again, --all ends that.
     """
+    if every == bool(spi):
+        raise typer.BadParameter("give the SPI of one SA, such as 0x1001, or --all")
     try:
-        number = int(spi, 0)
+        number = int(spi or "0", 0)
     except ValueError:
         raise typer.BadParameter(f"expected an SPI such as 0x1001, found {spi!r}") from None
-    count = _ask(config, "state-reset", spi=number)
-    print(f"0x{number:08x}: {count} SA{'' if count == 1 else 's'} may send")
+    count = _ask(config, "state-reset", **({"all": True} if every else {"spi": number}))
+    print(f"{'all' if every else f'0x{number:08x}'}: {count} SA{'' if count == 1 else 's'} may send")
 
 
 app.command()(top)

@@ -56,6 +56,7 @@ def status(answer: dict[str, Any]) -> str:
         f"devices {' '.join(answer['devices']) or 'none'}"
     ]
     lines += [f"FAIL OPEN: {what}" for what in answer["fail_open"]]
+    lines += [f"STATE LOST: {what}" for what in answer["state"]]
     if not answer["reload"]["success"]:
         lines.append("the last reload was refused: the files differ from what is in force")
     lines += ["", "Workers"]

@@ -399,15 +399,16 @@ class Authority:
         what was done so far stands in ``undo``: see :meth:`revert`.
         """
         undo = undo if undo is not None else Undo()
-        for sa in sad.dump():
-            old = self._there(sa.key)
-            if old is None:
-                self.add_sa(sa)
-            elif not same(old, sa):
-                self.update_sa(sa)
-            else:
-                continue
-            undo.sas[sa.key] = old, sa
+        with self._book.batch():
+            for sa in sad.dump():
+                old = self._there(sa.key)
+                if old is None:
+                    self.add_sa(sa)
+                elif not same(old, sa):
+                    self.update_sa(sa)
+                else:
+                    continue
+                undo.sas[sa.key] = old, sa
         wanted = {sa.key for sa in sad}
         for key in was:
             if key not in wanted and key in self.sad:

@@ -13,15 +13,17 @@ is ordered so that a holder may die between any two of them.
 
 When the disk cannot be trusted (:mod:`ipsecq.daemon.statefile`: a copy, damage, another machine, or behind the shared
 table) an SA whose IV is its sequence number refuses to send until the operator says that it has new keys:
-``ipsecq state reset SPI``.  Other SAs have random IVs and go on.
+``ipsecq state reset SPI``.  Other SAs have random IVs and go on.  A key that is loaded later may have been used before the
+loss just as well, so hand-made keys go on being refused until the operator answers for all of them: ``state reset --all``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -29,6 +31,7 @@ from typing import Final
 from ipsecq.daemon.statefile import (
     FLAG_PASSING,
     FLAG_REFUSED,
+    FLAG_REFUSING,
     KEEP_DAYS,
     NAME,
     Record,
@@ -61,6 +64,8 @@ class LeaseBook:
         self._next_record = 0
         self._spare: list[int] = []
         """Records that no SA needs any more."""
+        self._due: list[tuple[int, bytes, int]] | None = None
+        """(slot, fingerprint, reserved) that the table is told when the batch is on the disk; None outside of one."""
 
     @classmethod
     def open(
@@ -90,7 +95,10 @@ class LeaseBook:
                 kept[record.fingerprint] = record
         refusing = bool(loaded.problem) or loaded.refusing
         generation = max(loaded.generation, table.generation) + 1
-        state = create(path, machine, generation, [] if loaded.problem else list(kept.values()), refusing=refusing)
+        if table.fresh and not table.problem and loaded.boot == table.boot_id:
+            table.forgot(f"{path} is of this boot, and the shared table in the run directory was gone")
+        records = [] if loaded.problem else list(kept.values())
+        state = create(path, machine, generation, records, refusing=refusing, boot=table.boot_id)
         table.generation = generation
         book = cls(state, table, clock=clock)
         if not loaded.problem:
@@ -107,6 +115,30 @@ class LeaseBook:
         return cls(StateFile(descriptor), table)
 
     # -- supervisor ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Enroll, top up, settle or reset many SAs with one wait for the disk.  StateError at the end when it fails.
+
+        No worker may hear of these SAs before the end.  Their reservations are in the table only then: disk first.
+        """
+        if self._due is not None:
+            yield
+            return
+        due: list[tuple[int, bytes, int]] = []
+        self._due = due
+        try:
+            with self.state.batch():
+                yield
+        except BaseException:
+            due.clear()  # perhaps not on the disk: what the table has is less, and right
+            raise
+        finally:
+            self._due = None
+            for slot, digest, reserved in due:
+                if self._table.fingerprint_of(slot) == digest:
+                    with self._locked(slot):  # a worker may have reserved more
+                        self._words[slot + Slot.RESERVED] = max(reserved, self._words[slot + Slot.RESERVED])
 
     def enroll(self, slot: int, *, counter_iv: bool, passing: bool = False) -> str:
         """Make a slot ready for leases before workers hear of its SA; returns why it must not send, or "".
@@ -152,11 +184,26 @@ class LeaseBook:
         problem = self.problem or "the state file was behind what was sent"
         return f"SA 0x{spi:08x} must not send: {problem}; give it new keys, then run: ipsecq state reset 0x{spi:08x}"
 
-    def reset(self, slot: int) -> None:
-        """The operator's word that the SA has keys that were never used: on disk, then it may send."""
-        with self._locked(slot):
-            self._write(slot, max(self._words[slot + Slot.RESERVED], self._words[slot + Slot.LEASED], 1), 0)
+    def reset(self, *slots: int) -> None:
+        """The operator's word that these SAs have keys that were never used: on disk, then they may send."""
+        with self.batch():
+            for slot in slots:
+                with self._locked(slot):
+                    self._write(slot, max(self._words[slot + Slot.RESERVED], self._words[slot + Slot.LEASED], 1), 0)
+        for slot in slots:
             self._table.set_refused(slot, False)
+
+    def trust(self) -> None:
+        """The operator's word that no key from before the loss is in use or will be: SAs that come need no more resets.
+
+        One that was refused under this directory, and is not there now, stays refused: its record says so.
+        """
+        header = self.state.header()
+        if header is None:
+            raise StateError("the state file was damaged while ipsecq was running: restart the daemon")
+        if header.flags & FLAG_REFUSING:
+            self.state.write_header(replace(header, flags=header.flags & ~FLAG_REFUSING, serial=header.serial + 1))
+        self.problem = ""
 
     def top_up(self, slot: int) -> None:
         """Reserve ahead when half of the reservation is used, so that no worker waits for the disk."""
@@ -236,7 +283,10 @@ class LeaseBook:
             self._table.record(slot),
             replace(record, reserved=reserved, serial=record.serial + 1, flags=flags, day=day),
         )
-        self._words[slot + Slot.RESERVED] = reserved
+        if self._due is None:
+            self._words[slot + Slot.RESERVED] = reserved
+        else:
+            self._due.append((slot, record.fingerprint, reserved))
 
     def _record(self, slot: int) -> Record:
         """What the disk says about the slot's SA; serial 0: nothing yet."""

@@ -105,15 +105,21 @@ class Requests:
         )
 
     async def _state_reset(self, request: dict[str, Any]) -> object:
-        """The operator's word that an SA has keys that were never used before."""
-        spi = _number(request, "spi", 0)
+        """The operator's word that an SA, or with ``all`` every one now and later, has keys that were never used before."""
         supervisor = self._supervisor
-        found = [sa for sa in supervisor.authority.sad if sa.spi == spi and sa.slot >= 0]
-        if not found:
-            raise DaemonError(f"no SA with SPI 0x{spi:08x}")
+        there = [sa for sa in supervisor.authority.sad if sa.slot >= 0]
+        if request.get("all"):
+            found = [sa for sa in there if supervisor.table.refused(sa.slot)]
+        else:
+            spi = _number(request, "spi", 0)
+            found = [sa for sa in there if sa.spi == spi]
+            if not found:
+                raise DaemonError(f"no SA with SPI 0x{spi:08x}")
+        supervisor.book.reset(*(sa.slot for sa in found))
         for sa in found:
-            supervisor.book.reset(sa.slot)
             supervisor.authority.problems.pop(sa.key, None)
+        if request.get("all"):
+            supervisor.book.trust()
         return len(found)
 
 

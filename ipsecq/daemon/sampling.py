@@ -77,6 +77,7 @@ class Sampler:
         sa_limit: int, peer_limit: int, bypass: bool,
         interfaces: Callable[[], list[InterfaceSample]] = list,
         offloads: Callable[[Sequence[WorkerSample]], Sequence[OffloadSample]] = lambda workers: (),
+        notices: Callable[[], list[str]] = list,
     ) -> None:  # fmt: skip
         self._authority, self._pool, self._loader, self._history = authority, pool, loader, history
         self._sa_limit, self._peer_limit, self._bypass = sa_limit, peer_limit, bypass
@@ -86,7 +87,7 @@ class Sampler:
         self._kernel_lock = threading.Lock()
         self.sockets: SocketPolicies | None = None
         """Set when it is there."""
-        self._interfaces, self._offloads = interfaces, offloads
+        self._interfaces, self._offloads, self._notices = interfaces, offloads, notices
         self._local: dict[bytes, tuple[float, bool]] = {}
 
     def snapshot(self, sa_limit: int = -1) -> Snapshot:
@@ -197,6 +198,7 @@ class Sampler:
             "mechanism": self._loader.mechanism or "",
             "devices": sorted(self._loader.guarded.values()),
             "fail_open": fail_open,
+            "state": self._notices(),
             "reload": {"success": history.reload_success, "time": history.reload_time, "count": history.reloads},
             "workers": [_show_worker(sample) for sample in workers],
             "offloads": [live.offload(sample) for sample in self._offloads(workers)],

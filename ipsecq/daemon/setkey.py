@@ -84,8 +84,9 @@ class Setkey:
         shown = apply(
             commands, authority.sad, authority.spd, now=time.time(), file=file, allow_legacy=legacy
         ).shown
-        for command in _until_exit(commands):
-            self._do(command, file, [])
+        with supervisor.book.batch():
+            for command in _until_exit(commands):
+                self._do(command, file, [])
         await supervisor.publish()
         return {"errors": [], "shown": self._show(shown)}
 
@@ -93,13 +94,15 @@ class Setkey:
         """As setkey(8): what is refused is reported, what follows is done."""
         errors: list[str] = []
         shown: list[SecurityAssociation | Policy] = []
-        for number, command in enumerate(_until_exit(parse(text, file)), start=1):
-            try:
-                self._do(command, file, shown)
-            except (SadError, SpdError, AlgorithmError, PfkeyError) as error:
-                errors.append(str(ConfigError(str(error), file=file, line=command.line, column=command.column)))
-            if not number % SLICE:
-                await asyncio.sleep(0)
+        commands = list(_until_exit(parse(text, file)))
+        for first in range(0, len(commands), SLICE):
+            with self._supervisor.book.batch():
+                for command in commands[first : first + SLICE]:
+                    try:
+                        self._do(command, file, shown)
+                    except (SadError, SpdError, AlgorithmError, PfkeyError) as error:
+                        errors.append(str(ConfigError(str(error), file=file, line=command.line, column=command.column)))
+            await asyncio.sleep(0)
         await self._supervisor.publish()
         return {"errors": errors, "shown": self._show(shown)}
 

@@ -14,11 +14,13 @@ What cannot be seen from here is a whole disk that was rolled back, inodes inclu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -58,13 +60,17 @@ class Header:
     machine: bytes
     """SHA-256 of /etc/machine-id, or 32 zero octets where there is none."""
     flags: int = 0
+    boot: bytes = bytes(16)
+    """The boot that it was written in; zero octets where an earlier version wrote it."""
 
     def pack(self) -> bytes:
-        """512 octets, digest included."""
+        """512 octets, digests included."""
         body = _HEADER.pack(
             MAGIC, 1, self.flags, self.generation, self.serial, self.inode, self.birth, self.machine
         )
-        return (body + hashlib.sha256(body).digest()).ljust(HEADER_OCTETS, b"\0")
+        digest = hashlib.sha256(body).digest()
+        # Behind what version 1 began with, so that earlier versions go on reading it.
+        return (body + digest + self.boot + hashlib.sha256(digest + self.boot).digest()).ljust(HEADER_OCTETS, b"\0")
 
     @classmethod
     def unpack(cls, octets: bytes) -> Header | None:
@@ -73,7 +79,9 @@ class Header:
         if len(octets) < HEADER_OCTETS or hashlib.sha256(body).digest() != digest:
             return None
         magic, version, flags, generation, serial, inode, birth, machine = _HEADER.unpack(body)
-        return cls(generation, serial, inode, birth, machine, flags) if (magic, version) == (MAGIC, 1) else None
+        rest = octets[_HEADER.size + 32 :]
+        boot = rest[:16] if hashlib.sha256(digest + rest[:16]).digest() == rest[16:48] else bytes(16)
+        return cls(generation, serial, inode, birth, machine, flags, boot) if (magic, version) == (MAGIC, 1) else None
 
 
 @dataclass(slots=True, frozen=True)
@@ -106,26 +114,73 @@ def newest(octets: bytes) -> Record | None:
     return max(copies, key=lambda record: record.serial, default=None)
 
 
+def newest_header(octets: bytes) -> Header | None:
+    """The valid copy with the highest serial of the first 1024 octets of a file."""
+    copies = [Header.unpack(octets[at : at + HEADER_OCTETS]) for at in (0, HEADER_OCTETS)]
+    return max((copy for copy in copies if copy), key=lambda copy: copy.serial, default=None)
+
+
+def _full(error: OSError) -> StateError:
+    return StateError(f"state file: {error.strerror}: sequence numbers cannot be reserved")
+
+
 class StateFile:
     """An open state file.  Locking is the caller's (:mod:`ipsecq.daemon.leases`)."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._unsynced: set[int] | None = None
+        """Records of a batch that are not on the disk yet; None outside of a batch."""
 
     def read(self, index: int) -> Record | None:
         """The record, or None when nothing valid is there."""
         return newest(os.pread(self.descriptor, RECORD_OCTETS, FIRST_RECORD + index * RECORD_OCTETS))
 
     def write(self, index: int, record: Record) -> None:
-        """Replace the older copy and wait until it is on the disk.  Raises StateError."""
+        """Replace the older copy and wait until it is on the disk, in a batch until its end.  Raises StateError."""
         try:
             if os.fstat(self.descriptor).st_nlink == 0:
                 raise StateError("the state file was replaced while ipsecq was running: restart the daemon")
+            if self._unsynced is not None and index in self._unsynced:
+                # A power cut that tears both copies of one record would leave nothing of it.
+                self._sync()
             place = FIRST_RECORD + index * RECORD_OCTETS + (record.serial & 1) * HALF
             os.pwrite(self.descriptor, record.pack(), place)
-            os.fdatasync(self.descriptor)
+            if self._unsynced is None:
+                os.fdatasync(self.descriptor)
+            else:
+                self._unsynced.add(index)
         except OSError as error:
-            raise StateError(f"state file: {error.strerror}: sequence numbers cannot be reserved") from error
+            raise _full(error) from error
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Many records, one wait for the disk: at the end, also when something fails.  Raises StateError.
+
+        Until then nobody may rely on what is written.
+        """
+        if self._unsynced is not None:  # within another one, which waits
+            yield
+            return
+        self._unsynced = set()
+        try:
+            yield
+        finally:
+            try:
+                self._sync()
+            except OSError as error:
+                raise _full(error) from error
+            finally:
+                self._unsynced = None
+
+    def _sync(self) -> None:
+        if self._unsynced:
+            os.fdatasync(self.descriptor)
+            self._unsynced.clear()
+
+    def header(self) -> Header | None:
+        """The newer valid copy of the header."""
+        return newest_header(os.pread(self.descriptor, 2 * HEADER_OCTETS, 0))
 
     def make_room(self, records: int) -> None:
         """Have the disk keep space for this many records.  Raises StateError when it is full."""
@@ -147,6 +202,7 @@ class Loaded:
     refusing: bool = False
     """An earlier start had refused already and nobody has lifted it."""
     existed: bool = False
+    boot: bytes = bytes(16)
 
 
 def load(path: Path, machine: bytes) -> Loaded:
@@ -164,11 +220,10 @@ def load(path: Path, machine: bytes) -> Loaded:
             birth = birth_time(file.fileno())
     except OSError as error:
         return Loaded([], problem=f"{path} cannot be read ({error.strerror})", existed=True)
-    copies = [Header.unpack(octets[at : at + HEADER_OCTETS]) for at in (0, HEADER_OCTETS)]
-    header = max((copy for copy in copies if copy), key=lambda copy: copy.serial, default=None)
+    header = newest_header(octets)
     if header is None:
         return Loaded([], problem=f"{path} is damaged", existed=True)
-    loaded = Loaded([], header.generation, refusing=bool(header.flags & FLAG_REFUSING), existed=True)
+    loaded = Loaded([], header.generation, refusing=bool(header.flags & FLAG_REFUSING), existed=True, boot=header.boot)
     for at in range(FIRST_RECORD, len(octets), RECORD_OCTETS):
         chunk = octets[at : at + RECORD_OCTETS]
         record = newest(chunk)
@@ -183,7 +238,9 @@ def load(path: Path, machine: bytes) -> Loaded:
     return loaded
 
 
-def create(path: Path, machine: bytes, generation: int, records: list[Record], *, refusing: bool) -> StateFile:
+def create(
+    path: Path, machine: bytes, generation: int, records: list[Record], *, refusing: bool, boot: bytes = bytes(16)
+) -> StateFile:
     """Write a new file with these records and put it in the place of the old one, on the disk when this returns."""
     fresh = path.with_name(path.name + ".new")
     try:
@@ -192,7 +249,7 @@ def create(path: Path, machine: bytes, generation: int, records: list[Record], *
         state = StateFile(descriptor)
         state.make_room(len(records) + 1)
         flags = FLAG_REFUSING if refusing else 0
-        header = Header(generation, 2, os.fstat(descriptor).st_ino, birth_time(descriptor), machine, flags)
+        header = Header(generation, 2, os.fstat(descriptor).st_ino, birth_time(descriptor), machine, flags, boot)
         os.pwrite(descriptor, header.pack() + replace(header, serial=1).pack(), 0)
         body = b"".join(record.pack() * 2 for record in records)
         written = 0

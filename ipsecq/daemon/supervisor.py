@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -95,6 +95,7 @@ class Supervisor:
         """The same of the policies of sockets."""
         self._saved_sockets: dict[int, SocketPolicy] = {}
         self._last_problem = ""
+        self._reloading = asyncio.Lock()
         self.ruleset = Ruleset(
             self.config, self.history, self._wanted, self._wanted_sockets, self.spawn, self._links_changed
         )  # fmt: skip
@@ -148,8 +149,8 @@ class Supervisor:
         self.table = SharedTable.open(config.run_dir / "table", boot)
         stack.callback(self.table.close)
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
-        if self.book.problem:
-            log.warning("state: %s", self.book.problem)
+        for problem in self._state_notices():
+            log.warning("state: %s", problem)
         self.authority = Authority(
             self.table, self.book, rekey_grace=config.daemon.rekey_grace, peer_limit=2 * config.metrics.peer_limit
         )
@@ -189,6 +190,7 @@ class Supervisor:
                 self.config.offload, workers, udp_problem=self.ruleset.udp.problem,
                 ring_problem=self.ruleset.rings.problem,
             ),
+            notices=self._state_notices,
         )  # fmt: skip
         self._path_mtu = PathMtu(
             mark=self.ruleset.loader.settings.mark_done, floor=lambda: self.authority.sysctl.v4.min_pmtu
@@ -231,6 +233,13 @@ class Supervisor:
             metrics.start()
         self.ruleset.save_blocked()
 
+    def _state_notices(self) -> list[str]:
+        """What was lost of the state that outlives a daemon."""
+        found = [self.table.problem]
+        if self.book.problem:
+            found.append(f"{self.book.problem}: hand-made keys of counter modes refuse to send until they are reset")
+        return list(filter(None, found))
+
     def _give_up_privileges(self) -> None:
         """What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for two capabilities.
 
@@ -242,10 +251,11 @@ class Supervisor:
 
     def _settle(self) -> None:
         """No worker lives: write the exact next sequence numbers."""
-        for sa in self.authority.sad:
-            if sa.slot >= 0:
-                with contextlib.suppress(StateError):
-                    self.book.settle(sa.slot)
+        with contextlib.suppress(StateError), self.book.batch():
+            for sa in self.authority.sad:
+                if sa.slot >= 0:
+                    with contextlib.suppress(StateError):
+                        self.book.settle(sa.slot)
 
     def _stop_words(self) -> str:
         if self.config.daemon.on_stop == "remove":
@@ -271,9 +281,7 @@ class Supervisor:
             if self.pool.check():
                 self._notifier.feed()
             part = self.authority.sweep()
-            for sa in part:
-                if sa.slot >= 0:
-                    self._top_up(sa.slot)
+            self._top_up(part)
             self._expire(part)
             self._expire_rest()
             self.keys.tick()
@@ -289,9 +297,19 @@ class Supervisor:
         except (IpsecqError, OSError) as error:
             log.error("policies of sockets: %s", error)
 
-    def _top_up(self, slot: int) -> None:
+    def _top_up(self, sas: Iterable[SecurityAssociation]) -> None:
+        """Reserve ahead for these SAs, with one wait for the disk: after a start it is all of them."""
+        with self._state_problems(), self.book.batch():
+            for sa in sas:
+                if sa.slot >= 0:
+                    with self._state_problems():  # one that fails leaves the others alone
+                        self.book.top_up(sa.slot)
+
+    @contextlib.contextmanager
+    def _state_problems(self) -> Iterator[None]:
+        """Say what the state file refuses, once."""
         try:
-            self.book.top_up(slot)
+            yield
         except (StateError, OSError) as error:
             if str(error) != self._last_problem:
                 log.error("state: %s", error)
@@ -347,17 +365,27 @@ class Supervisor:
                 except DaemonError:
                     self.authority.undone(batch)
                     raise
-                self.authority.done(batch)
+                with self.book.batch():
+                    self.authority.done(batch)
             if self._rules_due or self._sockets_due:
                 await self.ruleset.update(sockets_only=not self._rules_due)
                 self._rules_due = self._sockets_due = False
 
     async def reload(self) -> str:
-        """Read the files again and take all of it over, or nothing.  ConfigError says why not."""
+        """Read the files again and take all of it over, or nothing.  ConfigError says why not.
+
+        One at a time: a second one waits, and reads what the files say then.
+        """
+        async with self._reloading:
+            return await self._reload()
+
+    async def _reload(self) -> str:
         self.history.reloads += 1
         undo = Undo()
         try:
-            content = files.read(self.config.path)
+            content = await files.read_aside(self.config.path)
+            if self._stop.is_set():
+                raise DaemonError("the daemon is stopping")
             files.check_reload(self.config, content.config)
             await asyncio.to_thread(self.ruleset.loader.check_inner, content.spd.dump(), content.sysctl)
             try:
@@ -370,7 +398,8 @@ class Supervisor:
                 await self.interfaces.change(content.config.interfaces, self.pool, self.ruleset.set_interfaces)
             except IpsecqError:
                 # A full disk, a table without room, an nft that refuses: back to what was in force.
-                self.authority.revert(undo)
+                with self.book.batch():
+                    self.authority.revert(undo)
                 await self.publish()
                 raise
         except IpsecqError as error:

@@ -76,6 +76,10 @@ class SharedTable:
         self._free: dict[int, list[int]] = {}
         self.on_forgotten: Callable[[bytes], object] = lambda digest: None
         """Called with the fingerprint of a deleted SA that is known here no longer."""
+        self.fresh = False
+        """Nothing in it is from an earlier daemon of this boot."""
+        self.problem = ""
+        """Why replay windows that this boot's daemon had are forgotten; empty: they are not, or there were none."""
         if allocator:
             self._recover()
 
@@ -83,8 +87,10 @@ class SharedTable:
     def open(cls, path: Path, boot_id: bytes, *, capacity: int = CAPACITY_WORDS) -> SharedTable:
         """Map the file at ``path``, keeping what the same boot left there; create or replace it otherwise.
 
-        ``boot_id`` is 16 octets.  Raises :class:`DaemonError` when the file cannot be made.
+        ``boot_id`` is 16 octets.  Raises :class:`DaemonError` when the file cannot be made.  What was lost with a file
+        that is damaged is said in :attr:`problem`.
         """
+        damage = ""
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -92,10 +98,15 @@ class SharedTable:
         except OSError as error:
             raise DaemonError(f"shared table {path}: {error.strerror}; remove it or run as its owner") from error
         if descriptor >= 0:
-            if _matches(descriptor, boot_id, capacity):
+            damage, matches = _judge(descriptor, boot_id, capacity)
+            if matches:
                 return cls(descriptor, allocator=True)
             os.close(descriptor)
-        return cls(_create(path, boot_id, capacity), allocator=True)
+        table = cls(_create(path, boot_id, capacity), allocator=True)
+        table.fresh = True
+        if damage:
+            table.forgot(f"{path} {damage}")
+        return table
 
     @classmethod
     def attach(cls, descriptor: int) -> SharedTable:
@@ -186,6 +197,17 @@ class SharedTable:
     @generation.setter
     def generation(self, value: int) -> None:
         self.words[_H_GENERATION] = value
+
+    @property
+    def boot_id(self) -> bytes:
+        """The boot that it belongs to, 16 octets."""
+        return self.words[_H_BOOT : _H_BOOT + 2].tobytes()
+
+    def forgot(self, why: str) -> None:
+        """What a daemon of this boot kept here is lost."""
+        self.problem = (
+            f"{why}: replay windows of this boot are forgotten, packets may be taken a second time; give SAs new keys"
+        )
 
     @property
     def used_octets(self) -> int:
@@ -284,17 +306,22 @@ def _rounded(words: int) -> int:
     return (words + 7) & ~7
 
 
-def _matches(descriptor: int, boot_id: bytes, capacity: int) -> bool:
-    """True when this boot's daemon made the file, with the same layout."""
+def _judge(descriptor: int, boot_id: bytes, capacity: int) -> tuple[str, bool]:
+    """(what is wrong with it, is it whole and of this boot).  Nothing is wrong with a file of another boot."""
+    octets = os.pread(descriptor, 64, 0)
+    if len(octets) < 64:
+        return "was cut off", False
+    header = memoryview(octets).cast("Q")
+    if header[_H_MAGIC] != MAGIC:
+        return "was damaged", False
+    if header[_H_BOOT : _H_BOOT + 2].tobytes() != boot_id:
+        return "", False
+    if header[_H_CAPACITY] != capacity:
+        return "was of another size", False
     if os.fstat(descriptor).st_size != capacity * 8:
-        return False
-    header = memoryview(os.pread(descriptor, 64, 0)).cast("Q")
-    return (
-        header[_H_MAGIC] == MAGIC
-        and header[_H_CAPACITY] == capacity
-        and FIRST_BLOCK <= header[_H_USED] <= capacity
-        and header[_H_BOOT : _H_BOOT + 2].tobytes() == boot_id
-    )
+        return "was cut off", False
+    whole = FIRST_BLOCK <= header[_H_USED] <= capacity
+    return "" if whole else "was damaged", whole
 
 
 def _create(path: Path, boot_id: bytes, capacity: int) -> int:

@@ -56,6 +56,8 @@ def _life(status: Status) -> Iterator[Finding]:
         )  # fmt: skip
     for what in status["fail_open"]:
         yield Finding(Grade.WARN, "fail open", f"packets pass in clear when ipsecq is down: {what}", "take it out")
+    for what in status["state"]:
+        yield Finding(Grade.WARN, "state", what, "new keys for SAs that were made by hand; ipsecq state reset --help")
     for worker in status["workers"]:
         name = f"worker {worker['index']}"
         if not worker["up"]:

@@ -1,6 +1,7 @@
 """The originals and their copies: a reload keeps what it does not change, and workers always end up with the same."""
 
 import contextlib
+import os
 import pickle
 from dataclasses import replace
 
@@ -73,6 +74,19 @@ class House:
 
     def keys(self):
         return {sa.key for sa in self.authority.sad}
+
+
+def test_files_of_many_sas_wait_for_the_disk_once(tmp_path, monkeypatch):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "sequences").write_bytes(b"x" * 100)
+    house = House(tmp_path)
+    assert house.book.problem
+    waited = []
+    sync = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (waited.append(descriptor), sync(descriptor)))
+    house.become(*(add(spi, key=f"{spi % 256:02x}") for spi in range(0x1000, 0x1064)))
+    assert len(house.authority.problems) == 100
+    assert len(waited) == 1
 
 
 @pytest.fixture

@@ -139,3 +139,49 @@ def test_a_reload_that_nft_refuses_leaves_everything_as_it_was(gateway):
     assert json.dumps(after["policies"]) == json.dumps(before["policies"])
     assert not after["reload"]["success"]
     assert send(gateway)["packets"] >= 1
+
+
+def test_a_file_that_is_a_fifo_is_refused_and_the_daemon_goes_on(gateway):
+    gateway.start()
+    text = gateway.policy.read_text()
+    gateway.policy.unlink()
+    os.mkfifo(gateway.policy)
+    refused = gateway.command("reload", check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == f"ipsecq: {gateway.policy}: cannot be read: expected a regular file, found a FIFO\n"
+    gateway.policy.unlink()
+    gateway.policy.write_text(text)
+    gateway.command("reload")
+    assert gateway.stop() == 0
+
+
+def test_new_keys_after_a_refused_state_file_wait_for_the_operators_word_for_all(gateway):
+    gateway.start()
+    gateway.stop()
+    (gateway.directory / "state" / "sequences").write_bytes(b"x" * 100)
+    gateway.start()
+    assert "refuse to send until they are reset" in gateway.command("status").stdout
+    assert "1 SA may send" in gateway.command("state", "reset", "0x1001").stdout
+    more = SETKEY.splitlines()[2].replace("0x1001", "0x1002").replace("0x0001", "0x1111")
+    gateway.policy.write_text(SETKEY + more + "\n")
+    gateway.command("reload")
+    assert [sa["spi"] for sa in gateway.status()["sas"] if sa["problem"]] == ["0x00001002"]
+    assert gateway.command("state", "reset", "--all").stdout == "all: 1 SA may send\n"
+    gateway.policy.write_text(SETKEY + more + "\n" + more.replace("0x1002", "0x1003").replace("0x1111", "0x2222") + "\n")
+    gateway.command("reload")
+    assert [sa["problem"] for sa in gateway.status()["sas"]] == ["", "", ""]
+    assert gateway.status()["state"] == []
+
+
+def test_replay_windows_that_are_lost_are_told(gateway):
+    gateway.start()
+    gateway.kill()
+    (gateway.directory / "run" / "table").unlink()
+    gateway.start()
+    [lost] = gateway.status()["state"]
+    assert "replay windows of this boot are forgotten" in lost
+    assert lost in gateway.log.read_text()
+    assert f"STATE LOST: {lost}" in gateway.command("status").stdout
+    gateway.kill()
+    gateway.start()
+    assert gateway.status()["state"] == []

@@ -118,6 +118,31 @@ def test_a_damaged_table_is_refused_not_followed(path):
         SharedTable.open(path, BOOT, capacity=1 << 16)
 
 
+@pytest.mark.parametrize("damage", ["empty", "short", "longer", "magic", "used"])
+def test_a_file_of_this_boot_that_does_not_match_is_replaced_and_that_is_told(path, damage):
+    SharedTable.open(path, BOOT, capacity=1 << 16).close()
+    with path.open("r+b") as file:
+        if damage == "empty":
+            file.truncate(0)
+        elif damage in ("short", "longer"):
+            file.truncate(4096 if damage == "short" else 1 << 20)
+        else:
+            file.seek(0 if damage == "magic" else 16)
+            file.write(bytes(8))
+    table = SharedTable.open(path, BOOT, capacity=1 << 16)
+    assert table.fresh
+    assert str(path) in table.problem
+    assert "replay windows of this boot are forgotten" in table.problem
+
+
+def test_a_first_table_a_whole_one_and_one_of_another_boot_are_no_news(path):
+    for boot in (BOOT, BOOT, bytes(16)):
+        table = SharedTable.open(path, boot, capacity=1 << 16)
+        assert table.problem == ""
+        assert table.boot_id == boot
+        table.close()
+
+
 def test_memory_is_taken_only_for_what_is_used(path):
     SharedTable.open(path, BOOT).allocate(digest(1), 64)
     status = path.stat()

@@ -136,7 +136,7 @@ def test_an_sa_that_refuses_to_send_names_the_way_out():
         "reqid": 0, "state": "mature", "packets": 0, "icv_failures": 0, "replays": 0, "drops": 0, "replay_window": 0,
         "natt": None, "problem": "the state directory was restored from a copy",
     }  # fmt: skip
-    status = {"sas": [sa], "sa_count": 1, "policy_count": 0, "workers": [], "counters": {}, "fail_open": [],
+    status = {"sas": [sa], "sa_count": 1, "policy_count": 0, "workers": [], "counters": {}, "fail_open": [], "state": [],
               "reload": {"success": True}}  # fmt: skip
     found = [each for each in running.examine(status, [], {}) if each.grade == "fail"]
     assert "ipsecq state reset 0x00001001" in found[0].mend
