@@ -1,11 +1,18 @@
-"""HTTP: ``/metrics`` for Prometheus, ``/`` and ``/status.json`` for people; few clients at a time, slow ones cut off."""
+"""HTTP: ``/metrics`` for Prometheus, ``/`` and ``/status.json`` for people; few clients at a time, slow ones cut off.
+
+A client has :data:`CLIENT_SECONDS` for its whole request, and as long to take the answer; when all places are taken, the
+one that has been asking longest makes room.  So clients that dribble cannot take the place of those that ask.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
 from typing import Any, Final
@@ -26,6 +33,13 @@ _IP_FREEBIND: Final = 15
 
 class _Handler(WSGIRequestHandler):
     timeout = CLIENT_SECONDS
+    server: _Server
+
+    def parse_request(self) -> bool:
+        """Read the headers; then the request is whole, and the place its own."""
+        good = super().parse_request()
+        self.server.asked(self.connection)
+        return good
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing: scrapes are no news."""
@@ -38,7 +52,9 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily) -> None:
         self.address_family = family
-        self._free = threading.BoundedSemaphore(MAX_CLIENTS)
+        self._lock = threading.Lock()
+        self._clients: dict[Any, float | None] = {}
+        """Socket → since when its request is awaited, None when it is answered; the oldest first."""
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
@@ -52,18 +68,45 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread for the client, unless too many have one."""
-        if not self._free.acquire(blocking=False):
+        """A thread for the client, unless too many are being answered."""
+        with self._lock:
+            free = len(self._clients) < MAX_CLIENTS or self._cut_off(math.inf, most=1) > 0
+            if free:
+                self._clients[request] = time.monotonic()
+        if free:
+            super().process_request(request, client_address)
+        else:
             self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve, and give the place back whatever happens."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
+    def asked(self, request: Any) -> None:
+        """The client has said all that it wants."""
+        with self._lock:
+            if request in self._clients:
+                self._clients[request] = None
+
+    def service_actions(self) -> None:
+        """Twice a second: who has not finished its request in time goes."""
+        with self._lock:
+            self._cut_off(time.monotonic() - (_Handler.timeout or CLIENT_SECONDS))
+
+    def _cut_off(self, before: float, most: int = MAX_CLIENTS) -> int:
+        """Break off with the oldest who are still asking; how many.  The lock is held.
+
+        Its thread sees the end of the request.  It takes itself out of the table before it closes the socket, so the
+        descriptor is still the client's here.
+        """
+        late = [client for client, since in self._clients.items() if since is not None and since < before][:most]
+        for client in late:
+            del self._clients[client]
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+        return len(late)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Give the place back, whatever happened."""
+        with self._lock:
+            self._clients.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is its own affair."""

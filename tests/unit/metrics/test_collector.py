@@ -6,6 +6,7 @@ import select
 import shutil
 import socket
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -185,13 +186,71 @@ def test_clients_that_say_nothing_do_not_block_others_for_long(server):
 def test_more_clients_than_places_are_cut_off_not_kept(server, monkeypatch):
     monkeypatch.setattr(_Handler, "timeout", 120.0)  # only those without a place are cut off
     silent = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(MAX_CLIENTS + 4)]
-    for each in silent[MAX_CLIENTS:]:
+    for each in silent[:4]:  # those that have been silent longest
         with contextlib.suppress(ConnectionResetError):
             assert each.recv(1) == b""
-    # They are accepted in the order in which they came: about the first ones the server has decided by now.
-    assert select.select(silent[:MAX_CLIENTS], [], [], 0)[0] == []
+    # They are accepted in the order in which they came: the server has decided about all of them by now.
+    assert select.select(silent[4:], [], [], 0)[0] == []
     for each in silent:
         each.close()
+
+
+def test_clients_that_never_finish_their_request_give_way_to_one_that_does(server, monkeypatch):
+    monkeypatch.setattr(_Handler, "timeout", 120.0)
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(MAX_CLIENTS)]
+    for each in slow:
+        each.sendall(b"GET /metrics HTTP/1.0\r\nX-Never: ")
+    for _ in range(2):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
+            assert answer.status == 200
+    with contextlib.suppress(ConnectionResetError):
+        assert slow[0].recv(1) == b""
+    for each in slow:
+        each.close()
+
+
+def test_a_client_that_dribbles_is_cut_off_when_its_time_for_the_whole_request_is_over(server, monkeypatch):
+    monkeypatch.setattr(_Handler, "timeout", 0.5)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.0\r\n")
+        slow.setblocking(False)
+        dribbled = 0
+        # An octet every tenth of a second is never late by itself; the server gives up long before two thousand.
+        while not select.select([slow], [], [], 0.1)[0]:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                slow.send(b"x")
+            dribbled += 1
+            assert dribbled < 600
+        with contextlib.suppress(ConnectionResetError):
+            assert slow.recv(1) == b""
+
+
+def test_clients_whose_answer_is_being_made_keep_their_places(monkeypatch):
+    asked, go_on = threading.Semaphore(0), threading.Event()
+
+    class Slow:
+        def snapshot(self):
+            asked.release()
+            assert go_on.wait(60)
+            return full()
+
+    server = MetricsServer("127.0.0.1", 0, Slow())
+    server.start()
+    try:
+        good = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(MAX_CLIENTS)]
+        for each in good:
+            each.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        for _ in good:
+            assert asked.acquire(timeout=60)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as late, contextlib.suppress(ConnectionError):
+            assert late.recv(1) == b""
+        go_on.set()
+        for each in good:
+            assert each.recv(12) == b"HTTP/1.0 200"
+            each.close()
+    finally:
+        go_on.set()
+        server.close()
 
 
 def test_an_address_that_is_taken_is_named(server):
