@@ -68,6 +68,7 @@ class ControlServer:
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
         self._streams = 0
+        self._closing = False
 
     async def start(self) -> None:
         """Listen.  Raises DaemonError; the caller holds the lock of the run directory, so an old socket is nobody's."""
@@ -89,6 +90,7 @@ class ControlServer:
 
     async def close(self) -> None:
         """Stop listening, break off with the clients that are still there, and remove the socket."""
+        self._closing = True
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
@@ -119,6 +121,11 @@ class ControlServer:
         except (OSError, TimeoutError, ValueError):
             # Gone, too slow, or a line without end: nothing is owed to it.
             writer.transport.abort()
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            # Python 3.11's streams take the exception of a task that was cancelled, and have it logged as a fault.
+            if not self._closing:
+                raise
         finally:
             self._clients.discard(task)
             writer.close()

@@ -237,3 +237,33 @@ def test_a_stream_that_is_refused_is_an_error_as_any(path):
 def test_a_daemon_that_is_not_there_is_an_error_with_a_hint(tmp_path):
     with pytest.raises(DaemonError, match="is ipsecq running"):
         ask(tmp_path / "none", "status")
+
+
+def test_a_server_that_closes_with_clients_connected_has_nothing_to_complain_of(tmp_path):
+    complaints = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: complaints.append(context["message"]))
+        server = ControlServer(tmp_path / "control", "", handler)
+        await server.start()
+        readers = []
+        for command in ("silence", "monitor", ""):
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "control"))
+            readers.append((reader, writer))
+            if command:
+                writer.write(json.dumps({"command": command}).encode() + b"\n")
+                assert json.loads(await reader.readline())["stream"]
+        while len(server._clients) < 3:
+            await asyncio.sleep(0.01)
+        await server.close()
+        assert not server._clients
+        for reader, writer in readers:
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1 << 16):
+                    pass
+            writer.close()
+        await asyncio.sleep(0)  # callbacks of the tasks
+
+    asyncio.run(main())
+    assert complaints == []
