@@ -223,9 +223,24 @@ class Lab:
         self._closers.append(function)
 
     def close(self) -> None:
-        """End every process of this lab, remove its namespaces and files.  Safe to call twice."""
+        """End every process of this lab, remove its namespaces and files.  Safe to call twice.
+
+        A second Ctrl-C does not break it off half-way.
+        """
         if os.getpid() != self._owner:
             return  # a forked child's atexit: the parent cleans up
+        mine = threading.current_thread() is threading.main_thread()
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if mine else None
+        try:
+            self._clean_up()
+        finally:
+            if interrupt is not None:
+                signal.signal(signal.SIGINT, interrupt)
+        if self._old_sigterm is not None and mine:
+            signal.signal(signal.SIGTERM, self._old_sigterm)
+            self._old_sigterm = None
+
+    def _clean_up(self) -> None:
         while self._closers:
             with contextlib.suppress(Exception):
                 self._closers.pop()()
@@ -240,9 +255,6 @@ class Lab:
         self.namespaces.clear()
         shutil.rmtree(self.directory, ignore_errors=True)
         atexit.unregister(self.close)
-        if self._old_sigterm is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._old_sigterm)
-            self._old_sigterm = None
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 5.0) -> int:

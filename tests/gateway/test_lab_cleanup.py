@@ -52,6 +52,37 @@ def test_the_lab_cleans_up_after(how, number, status):
     assert [str(trace) for trace in traces if trace.exists()] == []
 
 
+STUBBORN = """
+import sys
+from ipsecq.lab.netns import Lab
+with Lab() as lab:
+    space = lab.namespace("one")
+    process = space.popen("sleep", "1000")
+    def closer():
+        print("closing", flush=True)
+        sys.stdin.readline()
+    lab.on_close(closer)
+    print(space.name, process.pid, lab.directory, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_ctrl_c_again_while_the_lab_cleans_up_does_not_break_it_off():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    name, pid, directory = process.stdout.readline().split()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "closing\n"
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.wait(60) in (-signal.SIGINT, 130)
+    traces = Path("/run/netns") / name, Path("/proc") / pid, Path(directory)
+    assert [str(trace) for trace in traces if trace.exists()] == []
+
+
 def test_a_killed_labs_processes_end_and_the_next_lab_sweeps_its_namespaces():
     process, namespace, child, directory = start("wait")
     # Until setpriv has run, the kernel has not been asked to end the child with its parent.
