@@ -105,6 +105,10 @@ def _copy(client: TapClient, stream: BinaryIO, snaplen: int, count: int) -> tupl
             writer.close(time.time_ns(), dropped)
     except BrokenPipeError:  # the reader of the stream has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        print(f"{packets} packets captured, {dropped} dropped", file=sys.stderr)
+        name = "standard output" if stream is sys.stdout.buffer else stream.name
+        raise CaptureError(f"{name}: {error.strerror}") from None
     finally:
         client.close()
     return packets, dropped

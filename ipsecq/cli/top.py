@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import curses
 import json
 import locale
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,8 +26,18 @@ _BOLD_RED, _YELLOW = 1, 2
 _SORTS: Final = {name.lower(): key for key, (name, _, _) in rates.SORTS.items()}
 
 
+def _finite(value: float) -> float:
+    """NaN is within every range: each comparison with it is false."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a number of seconds, found {value}")
+    return value
+
+
 def top(
-    interval: Annotated[float, typer.Option("--interval", "-d", help="Seconds between two looks.", min=0.1, max=3600)] = 2.0,
+    interval: Annotated[
+        float,
+        typer.Option("--interval", "-d", help="Seconds between two looks.", min=0.1, max=3600, callback=_finite),
+    ] = 2.0,
     sort: Annotated[str, typer.Option("--sort", "-s", help=f"First order: {', '.join(_SORTS)}.")] = "bits",
     peers: Annotated[bool, typer.Option("--peers", "-p", help="Begin with peers, not SAs.")] = False,
     once: Annotated[bool, typer.Option("--once", help="For scripts: one view as text, over one interval.")] = False,
@@ -53,7 +66,14 @@ def top(
     elif not sys.stdout.isatty():
         raise IpsecqError("top: the output is no terminal: use --once or --json")
     else:
-        locale.setlocale(locale.LC_ALL, "")
+        # A locale that is not installed, or a terminal that nobody knows, is no reason for a traceback.
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, "")
+        try:
+            curses.setupterm()
+        except curses.error:
+            name = os.environ.get("TERM", "")
+            raise IpsecqError(f"top: the terminal {name!r} (TERM) is not known here: use --once or --json") from None
         curses.wrapper(_live, source, choices, interval)
 
 
@@ -81,7 +101,8 @@ def _print_json(source: _Source, interval: float, count: int) -> None:
 
 def _live(window: Any, source: _Source, choices: Choices, interval: float) -> None:
     """Until q."""
-    curses.curs_set(0)
+    with contextlib.suppress(curses.error):  # a terminal that cannot hide its cursor shows it
+        curses.curs_set(0)
     styles = _styles()
     view = source.look()
     due = time.monotonic() + min(interval, 0.5)  # the first rates come soon

@@ -1,6 +1,7 @@
 """The command line: one line for a mistake, its exit status, no traceback, no key; and what needs no daemon works."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,39 @@ def fails_in_one_line(done, status):
     assert line.startswith("ipsecq: ")
     assert KEY not in line
     return line.removeprefix("ipsecq: ")
+
+
+# -- output that cannot be written ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("argv", [["version"], ["nft"], ["sysctl", "-a", "-d"], ["--help"]], ids=" ".join)
+def test_a_full_disk_behind_the_output_is_one_line(config, argv, unbuffered):
+    more = ["--config", str(config)] if argv[0] in ("nft", "sysctl") else []
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ipsecq", *argv, *more], stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            timeout=60, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "ipsecq: standard output: No space left on device\n")
+
+
+def test_a_reader_that_has_gone_is_no_fault(config):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "ipsecq", "version"], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_an_interval_is_a_number(config, value):
+    done = ipsecq("top", "--once", "--config", str(config), f"--interval={value}")
+    assert done.returncode == 2
+    assert "--interval" in done.stderr
 
 
 # -- mistakes in files -----------------------------------------------------------------------------------------------

@@ -1,10 +1,18 @@
 """ipsecq top without a terminal: a screen that 80 columns hold."""
 
+import curses
+import os
+import pty
+import select
+import sys
+
 import pytest
 from live_samples import sa, sample, worker
 
+from ipsecq.cli import top as command
 from ipsecq.cli import top_screen
 from ipsecq.cli.top_screen import Choices, amount, shorten
+from ipsecq.errors import IpsecqError
 from ipsecq.metrics import rates
 
 
@@ -59,3 +67,61 @@ def test_amounts_are_short(value, shown):
 def test_long_addresses_keep_both_ends():
     assert shorten("2001:db8:1234:5678:9abc:def0:1234:5678", 20) == "2001:db8:…:1234:5678"
     assert shorten("192.0.2.1", 20) == "192.0.2.1"
+
+
+# -- terminals -------------------------------------------------------------------------------------------------------
+
+
+class Always:
+    """A source whose view never changes."""
+
+    def look(self):
+        return top_model.view(sample(), sample(1001.0))
+
+
+def on_a_terminal(function):
+    """Run ``function`` in a child on a terminal of its own, press q until it ends; (exit status, output)."""
+    child, terminal = pty.fork()
+    if not child:
+        status = 1
+        try:
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # not pytest's
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    output = b""
+    while True:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                octets = os.read(terminal, 4096)
+            except OSError:  # the child has closed it
+                break
+            if not octets:
+                break
+            output += octets
+        else:
+            os.write(terminal, b"q")
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output
+
+
+@pytest.mark.parametrize("term", ["dumb", "vt100", "xterm"])
+def test_a_terminal_that_can_do_little_is_enough(monkeypatch, term):
+    monkeypatch.setenv("TERM", term)
+    status, output = on_a_terminal(lambda: curses.wrapper(command._live, Always(), Choices(), 3600.0))
+    assert status == 0, output
+    assert b"ipsecq" in output
+
+
+@pytest.mark.parametrize("term", ["", "no-such-terminal"])
+def test_a_terminal_that_nobody_knows_is_one_line(monkeypatch, tmp_path, term):
+    (tmp_path / "ipsecq.toml").write_text("")
+    monkeypatch.setenv("TERM", term)
+
+    def run():
+        with pytest.raises(IpsecqError, match=r"the terminal '.*' \(TERM\) is not known here: use --once or --json"):
+            command.top(config=tmp_path / "ipsecq.toml")
+
+    status, output = on_a_terminal(run)
+    assert status == 0, output

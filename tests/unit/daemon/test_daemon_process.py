@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -185,3 +186,17 @@ def test_replay_windows_that_are_lost_are_told(gateway):
     gateway.kill()
     gateway.start()
     assert gateway.status()["state"] == []
+
+
+def test_what_commands_say_into_a_full_disk_fails_in_one_line(gateway):
+    gateway.start()
+    for command, status, said in (
+        ("status", 1, ["ipsecq: standard output: No space left on device"]),
+        ("stat", 1, ["ipsecq: standard output: No space left on device"]),
+        ("setkey -D", 1, ["ipsecq: standard output: No space left on device"]),
+        ("tap -n 1", 2, ["0 packets captured, 0 dropped", "ipsecq: standard output: No space left on device"]),
+        ("tap -w /dev/full -n 1", 2, ["0 packets captured, 0 dropped", "ipsecq: /dev/full: No space left on device"]),
+    ):
+        line = f"exec {sys.executable} -m ipsecq {command} --config {gateway.config} >/dev/full"
+        done = gateway.space.run("sh", "-c", line, check=False)
+        assert (done.returncode, done.stderr.splitlines()) == (status, said), command
