@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,13 +33,21 @@ def monitor(
     reloads; tunnels that go down and up; peers that move behind their NAT; policies that fail open.
     """
     left = count
-    for event in follow(configuration.load(config).control_socket, "monitor"):
+    for event in follow(configuration.load(config).control_socket, "monitor", writing_to=_output()):
         if only and not any(str(event["event"]).startswith(name) for name in only):
             continue
         print(json.dumps(event) if as_json else line(event), flush=True)
         left -= 1
         if not left:
             return
+
+
+def _output() -> int:
+    """Descriptor of the standard output; -1 when it has none."""
+    try:
+        return sys.stdout.fileno()
+    except (AttributeError, OSError):
+        return -1
 
 
 def line(event: dict[str, Any]) -> str:

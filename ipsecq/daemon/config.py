@@ -249,7 +249,13 @@ class _Checker:
         return values
 
     def whole(self, config: Config) -> None:
-        """What concerns more than one key."""
+        """What concerns more than one key, or part of what its type allows."""
+        for key in ("state_dir", "run_dir"):
+            if not getattr(config.daemon, key):
+                # It would be the directory of this file.
+                raise self.error(("daemon", key), f'{key}: expected a directory, found ""', value=True)
+        if {"", CREDENTIAL} & set(config.daemon.policy):
+            raise self.error(("daemon", "policy"), "policy: expected file names, found an empty one", value=True)
         marks = (config.nftables.mark_done, config.nftables.mark_stolen)
         if any(mark & (mark - 1) for mark in marks) or marks[0] == marks[1]:
             raise self.error(("nftables", "mark_stolen"), "mark_done, mark_stolen: expected two different single bits")

@@ -17,6 +17,7 @@ import contextlib
 import grp
 import json
 import os
+import select
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Iterator
@@ -148,10 +149,11 @@ class ControlServer:
         finally:
             self._streams -= 1
             stream.close()
-            waiting = [each for each in (gone, part) if each is not None and not each.done()]
-            for each in waiting:
+            begun = [each for each in (gone, part) if each is not None]
+            for each in begun:
                 each.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            # Those that are done, too: a reset connection that nobody hears of would be logged as a fault.
+            await asyncio.gather(*begun, return_exceptions=True)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes | Stream:
         async with asyncio.timeout(PATIENCE):
@@ -210,19 +212,50 @@ def ask(path: Path, command: str, *, timeout: float = 60.0, **arguments: object)
     return _result(path, octets)
 
 
-def follow(path: Path, command: str, **arguments: object) -> Iterator[dict[str, Any]]:
+def follow(path: Path, command: str, *, writing_to: int = -1, **arguments: object) -> Iterator[dict[str, Any]]:
     """Ask for a stream and iterate over its objects.
 
-    Raises as :func:`ask` does, DaemonError also when the daemon ends or drops a reader that is too slow.
+    ``writing_to``: the descriptor that they are printed to: when its reader has gone, nobody waits for the next one.
+    Raises as :func:`ask` does, DaemonError also when the daemon ends or drops a reader that is too slow, and
+    BrokenPipeError when the reader of ``writing_to`` has gone.
     """
-    with _connection(path, command, 60.0, arguments) as sock, sock.makefile("rb") as lines:
-        first = lines.readline()
-        if b'"stream"' not in first:
-            _result(path, first)
-        sock.settimeout(None)
-        for line in lines:
-            yield json.loads(line)
+    try:
+        with _connection(path, command, 60.0, arguments) as sock:
+            lines = _lines(sock, writing_to)
+            first = next(lines, b"")
+            if b'"stream"' not in first:
+                _result(path, first)
+            sock.settimeout(None)
+            for line in lines:
+                yield json.loads(line)
+    except _ReaderGone:
+        raise BrokenPipeError from None
     raise DaemonError(f"{path}: the daemon has ended, or dropped us as too slow")
+
+
+class _ReaderGone(Exception):  # noqa: N818  # no error of the connection
+    """Nobody reads any more what is printed."""
+
+
+def _lines(sock: socket.socket, writing_to: int) -> Iterator[bytes]:
+    """Lines until the other end closes.  TimeoutError; _ReaderGone by ``writing_to``."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    if writing_to >= 0:
+        poll.register(writing_to, 0)  # POLLERR and POLLHUP come unasked
+    rest = b""
+    while True:
+        timeout = sock.gettimeout()
+        ready = dict(poll.poll(None if timeout is None else timeout * 1000))
+        if writing_to in ready:
+            raise _ReaderGone
+        if not ready:
+            raise TimeoutError
+        octets = sock.recv(1 << 16)
+        if not octets:
+            return
+        *whole, rest = (rest + octets).split(b"\n")
+        yield from whole
 
 
 @contextlib.contextmanager

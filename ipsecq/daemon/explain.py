@@ -47,6 +47,8 @@ class Question:
             raise DaemonError(f"explain: {src} and {dst} are of two families")
         if not (0 <= sport <= 65535 and 0 <= dport <= 65535 and (68 <= mtu <= 65535 or not mtu)):
             raise DaemonError(f"explain: ports {sport}, {dport} or MTU {mtu} out of range")
+        if flow.protocol in values.ICMP and max(sport, dport) > 255:
+            raise DaemonError(f"explain: {protocol}: expected a type and a code from 0 to 255, found {sport}, {dport}")
         return cls(flow, inbound, mtu)
 
 

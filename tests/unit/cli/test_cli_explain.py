@@ -102,3 +102,11 @@ def test_arguments_that_mean_nothing_are_refused(config: Path, arguments: tuple[
 
 def test_neighbour_discovery_is_said_to_pass_before_any_policy(config: Path) -> None:
     assert "neighbour discovery" in data(config, "fd00::1", "fd00::2", "icmp6", "135", "0")["kernel"][0]
+
+
+@pytest.mark.parametrize("numbers", [("icmp", "300"), ("icmp", "8", "256"), ("1", "256")], ids=" ".join)
+def test_types_and_codes_of_icmp_end_at_255(config: Path, numbers: tuple[str, ...]) -> None:
+    result = run(config, "10.1.0.7", "10.2.0.7", *numbers)
+    assert result.exit_code == 2
+    assert "expected a type and a code from 0 to 255" in " ".join(result.output.replace("│", "").split())
+    assert run(config, "10.1.0.7", "10.2.0.7", "icmp", "255", "255").exit_code == 0

@@ -239,6 +239,19 @@ def test_a_daemon_that_is_not_there_is_an_error_with_a_hint(tmp_path):
         ask(tmp_path / "none", "status")
 
 
+def test_a_stream_ends_when_the_reader_of_what_is_printed_has_gone(path):
+    reader, writer = os.pipe()
+    try:
+        stream = follow(path, "monitor", writing_to=writer)
+        assert next(stream)["number"] == 0
+        stream.close()
+        os.close(reader)
+        with pytest.raises(BrokenPipeError):  # it would wait for ever
+            next(follow(path, "silence", writing_to=writer))
+    finally:
+        os.close(writer)
+
+
 def test_a_server_that_closes_with_clients_connected_has_nothing_to_complain_of(tmp_path):
     complaints = []
 

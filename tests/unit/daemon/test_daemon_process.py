@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -200,3 +201,12 @@ def test_what_commands_say_into_a_full_disk_fails_in_one_line(gateway):
         line = f"exec {sys.executable} -m ipsecq {command} --config {gateway.config} >/dev/full"
         done = gateway.space.run("sh", "-c", line, check=False)
         assert (done.returncode, done.stderr.splitlines()) == (status, said), command
+
+
+def test_a_monitor_whose_reader_has_gone_ends(gateway):
+    gateway.start()
+    argv = gateway.space.argv([sys.executable, "-m", "ipsecq", "monitor", "--config", str(gateway.config)])
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        process.wait(60)  # nothing else happens in this gateway
