@@ -76,7 +76,7 @@ class Always:
     """A source whose view never changes."""
 
     def look(self):
-        return top_model.view(sample(), sample(1001.0))
+        return rates.view(sample(), sample(1001.0))
 
 
 def on_a_terminal(function):
