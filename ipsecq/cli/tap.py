@@ -63,10 +63,7 @@ def tap(
         stream = sys.stdout.buffer if out == "-" else Path(out).open("wb")  # noqa: SIM115  # closed by _copy
     except OSError as error:
         raise CaptureError(f"{out}: {error.strerror}") from None
-    try:
-        packets, dropped = _copy(client, stream, snaplen, count)
-    except OSError as error:
-        raise CaptureError(f"{out}: {error.strerror}") from None
+    packets, dropped = _copy(client, stream, snaplen, count)
     print(f"{packets} packets captured, {dropped} dropped", file=sys.stderr)
 
 

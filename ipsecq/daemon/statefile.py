@@ -153,6 +153,14 @@ class StateFile:
         except OSError as error:
             raise _full(error) from error
 
+    def write_header(self, header: Header) -> None:
+        """Replace the older copy of the header and wait for the disk.  Raises StateError."""
+        try:
+            os.pwrite(self.descriptor, header.pack(), (header.serial & 1) * HEADER_OCTETS)
+            os.fdatasync(self.descriptor)
+        except OSError as error:
+            raise StateError(f"state file: {error.strerror}") from error
+
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """Many records, one wait for the disk: at the end, also when something fails.  Raises StateError.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -17,7 +18,6 @@ _KINDS: Final = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
-    stat.S_IFDIR: "a directory",
     stat.S_IFSOCK: "a socket",
 }
 
@@ -29,6 +29,8 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
             kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+            if kind == stat.S_IFDIR:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if kind != stat.S_IFREG:
                 found = _KINDS.get(kind, "something else")
                 raise ConfigError(f"cannot be read: expected a regular file, found {found}", file=str(path))

@@ -150,16 +150,6 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_name_and_the_reason(con
     assert line == f"{path}: cannot be read: {KINDS[kind]}"
 
 
-def test_a_capture_for_which_there_is_no_room_is_one_line(config):
-    # A daemon that answers, and never sends a packet.
-    fake = "import ipsecq.daemon.tap as t; t.TapClient = lambda *_, **__: type('', (), {'close': lambda self: None})()"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{fake}; import ipsecq.cli; ipsecq.cli.main()", "tap", "-w", "/dev/full", "-c", str(config)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert fails_in_one_line(done, 2) == "/dev/full: No space left on device"
-
-
 @pytest.mark.parametrize("kind", ["loop", "below a file"])
 def test_doctor_examines_the_machine_alone_only_where_there_is_no_configuration(tmp_path, kind):
     path = unreadable(tmp_path / "file", kind)

@@ -27,14 +27,15 @@ class House:
     def __init__(self, root):
         (root / "state").mkdir()
         self.table = SharedTable.open(root / "table", bytes(range(16)), capacity=1 << 14)
-        self.authority = Authority(self.table, LeaseBook.open(root / "state", self.table, b"m" * 32))
+        self.book = LeaseBook.open(root / "state", self.table, b"m" * 32)
+        self.authority = Authority(self.table, self.book)
         self.told = []
         keys = SimpleNamespace(
             added=lambda sa: self.told.append(("added", sa.spi)), deleted=lambda sa: self.told.append(("deleted", sa.spi))
         )
         self.requests = Requests(
             SimpleNamespace(
-                authority=self.authority, keys=keys, publish=self.publish,
+                authority=self.authority, book=self.book, keys=keys, publish=self.publish,
                 config=SimpleNamespace(daemon=SimpleNamespace(allow_legacy=False)),
             )
         )  # fmt: skip

@@ -20,10 +20,13 @@ def test_a_regular_file_and_a_link_to_one_are_read(tmp_path):
 
 def test_a_fifo_a_device_and_a_directory_are_refused_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    for path, found in ((tmp_path / "fifo", "a FIFO"), ("/dev/zero", "a character device"), (tmp_path, "a directory")):
+    odd = "expected a regular file, found a"
+    for path, why in (
+        (tmp_path / "fifo", f"{odd} FIFO"), ("/dev/zero", f"{odd} character device"), (tmp_path, "Is a directory"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError) as caught:
             read_text(path)
-        assert str(caught.value) == f"{path}: cannot be read: expected a regular file, found {found}"
+        assert str(caught.value) == f"{path}: cannot be read: {why}"
 
 
 def test_a_file_beyond_the_limit_is_refused(tmp_path):
