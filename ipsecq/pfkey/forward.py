@@ -18,7 +18,12 @@ from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.policy.model import Policy, Selector
 
 SHADOW_ID: Final = 0x80000000
-"""Ids of shadows have this bit, ids of the SPD don't."""
+"""Ids of shadows have this bit, ids of the SPD don't.
+
+The low three bits say the direction, as in ids of Linux's xfrm policies: IKE daemons read it there.
+"""
+_SLOT_FORWARD: Final = 2
+"""XFRM_POLICY_FWD; in is 0, out is 1, and from 3 on they are policies of sockets."""
 
 
 @dataclass(slots=True)
@@ -42,7 +47,7 @@ class ForwardPolicies:
             self._held.add(self.database.update_policy(policy).id)
         if old is None:
             self._last_id += 1
-        shadow = replace(policy, id=old.id if old is not None else SHADOW_ID | self._last_id)
+        shadow = replace(policy, id=old.id if old is not None else SHADOW_ID | self._last_id * 8 + _SLOT_FORWARD)
         self._shadows[policy.selector] = shadow
         self._by_id[shadow.id] = policy.selector
         return shadow

@@ -59,6 +59,9 @@ def to_policy(message: Message, dialect: Dialect, now: float) -> Policy:
     """The policy that SPDADD or SPDUPDATE describes, direction FWD read as IN; PfkeyError (EINVAL and others)."""
     ext = need_policy(message)
     selector = to_selector(message)
+    limits = message.lifetime_hard or LifetimeExt()
+    if limits.usetime or limits.octets or limits.allocations:
+        raise PfkeyError("a policy's lifetime counts from its creation: when and how much it was used, nobody counts")
     if ext.type > Action.IPSEC:
         raise PfkeyError(f"policy type {ext.type}: discard (0), none (1) and ipsec (2) may be in the SPD")
     direction = Direction.OUT if need_direction(ext, dialect) == Direction.OUT else Direction.IN
@@ -66,7 +69,7 @@ def to_policy(message: Message, dialect: Dialect, now: float) -> Policy:
         direction, selector, Action(ext.type),
         transforms_of(ext, dialect) if ext.type == Action.IPSEC else (),
         priority=priority_from_wire(ext.priority), created=now,
-        lifetime=message.lifetime_hard.addtime if message.lifetime_hard else 0,
+        lifetime=limits.addtime,
         label=f"pfkey:{message.pid}",
     )  # fmt: skip
 

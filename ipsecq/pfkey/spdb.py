@@ -56,7 +56,8 @@ class PolicyHandlers:
                 stored = self.database.update_policy(policy)
             self.forward.inbound_owned(stored)
         kind = MessageType.X_SPDADD if exclusive else MessageType.X_SPDUPDATE
-        self.hub.broadcast(_describe(stored, kind, message.seq, message.pid))
+        priority = spconvert.need_policy(message).priority
+        self.hub.broadcast(_describe(stored, kind, message.seq, message.pid, priority))
 
     def delete(self, client: Client, message: Message) -> None:
         """X_SPDDELETE: the policy with this direction and selector."""
@@ -181,11 +182,15 @@ class PolicyHandlers:
         return True
 
 
-def _describe(policy: Policy, kind: MessageType, seq: int, pid: int) -> Maker:
+def _describe(policy: Policy, kind: MessageType, seq: int, pid: int, priority: int | None = None) -> Maker:
+    """``priority``: the request's own number, of the two that mean the default.  setkey(8) looks whether it comes back."""
+
     def make(dialect: Dialect) -> Message:
         direction = DIR_FWD if policy.id & SHADOW_ID and dialect is Dialect.LINUX else None
         made = spconvert.from_policy(policy, direction=direction)
         made.type, made.seq, made.pid = kind, seq, pid
+        if priority is not None and made.policy is not None:
+            made.policy.priority = priority
         return made
 
     return make

@@ -41,6 +41,22 @@ def test_ports_protocols_and_host_bits_of_a_selector(bench, make):
     assert (everything.src.prefix, everything.src.protocol, everything.policy.type) == (0, 255, 1)
 
 
+@pytest.mark.parametrize("wire", [0, 1, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFF])
+def test_the_answer_has_the_priority_that_was_asked_for(bench, make, wire):
+    """setkey(8) of ipsec-tools compares them, and warns of a kernel without priorities."""
+    assert bench.one(make.spd(priority=wire)).policy.priority == wire
+    assert bench.one(make.spd(T.X_SPDUPDATE, priority=wire)).policy.priority == wire
+    assert bench.one(make.spd(T.X_SPDUPDATE, direction=FWD, priority=wire)).policy.priority == wire
+
+
+@pytest.mark.parametrize("limit", [LifetimeExt(usetime=60), LifetimeExt(octets=1), LifetimeExt(allocations=1)])
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_limits_of_a_policy_that_nobody_watches_are_refused(bench, make, limit, dialect):
+    bench.open(2, dialect)
+    assert bench.one(make.spd(lifetime_hard=limit), 2).errno == errno.EINVAL
+    assert not len(bench.database.spd)
+
+
 @pytest.mark.parametrize(("change", "number"), [
     ({"src": None}, errno.EINVAL),
     ({"policy": None}, errno.EINVAL),
@@ -133,6 +149,16 @@ def test_a_fwd_policy_alone_is_enforced_and_dumped_as_fwd_only(bench, make):
     assert [each.policy.direction for each in bench.ask(Message(T.X_SPDDUMP), 2)] == [IN]
     assert bench.one(make.spd(T.X_SPDDELETE2, number=number)).errno == 0
     assert inbound(bench) == []
+
+
+def test_ids_of_fwd_policies_say_their_direction_as_those_of_linux_do(bench, make):
+    """racoon reads it in the low three bits: in 0, out 1, fwd 2, sockets from 3 on."""
+    ids = [
+        bench.one(make.spd(direction=FWD, src=Address(bytes((10, number, 0, 0)), 16, 255))).policy.id
+        for number in range(1, 12)
+    ]
+    assert {number % 8 for number in ids} == {2}
+    assert len(set(ids)) == len(ids)
 
 
 def test_the_inbound_policy_stays_in_force_until_both_in_and_fwd_are_deleted(bench, make):
