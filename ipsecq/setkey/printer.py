@@ -59,7 +59,7 @@ def dump_sa(sa: SecurityAssociation, now: float, usage: Usage = _UNUSED, *, rema
     age = int(now - sa.created) if sa.created else 0
     sequence = usage.sequence & 0xFFFFFFFF
     lines += [
-        f"\tseq=0x{sequence:08x} replay={sa.replay_window // 8} flags=0x{sa.flags:08x} state={state} ",
+        f"\tseq=0x{sequence:08x} replay={(sa.replay_window + 7) // 8} flags=0x{sa.flags:08x} state={state} ",
         f"\tcreated: {_time(sa.created)}\tcurrent: {_time(now)}",
         f"\tdiff: {age}(s)\thard: {hard.addtime}(s)\tsoft: {soft.addtime}(s)",
         f"\tlast: {_time(usage.first_use)}\thard: {hard.usetime}(s)\tsoft: {soft.usetime}(s)",
@@ -71,7 +71,7 @@ def dump_sa(sa: SecurityAssociation, now: float, usage: Usage = _UNUSED, *, rema
 
 
 def dump_policy(policy: Policy, last_use: float = 0, *, remaining: int = 0, pid: int = 0) -> str:
-    """Return one policy as ``setkey -DP`` prints it.  ``validtime`` (lifetime without use) is always 0: none is set."""
+    """Return one policy as ``setkey -DP`` prints it.  ``validtime`` (lifetime without use) is always 0: what would set it is refused."""
     rules = setpolicy.format(policy, delimiter="\n\t")
     return (
         f"{values.format_selector(policy.selector)}\n"

@@ -53,6 +53,11 @@ def test_dump_has_the_layout_that_scripts_know():
     )
 
 
+@pytest.mark.parametrize(("packets", "octets"), [(0, 0), (1, 1), (7, 1), (8, 1), (9, 2), (32, 4)])
+def test_a_window_is_shown_in_octets_rounded_up_so_that_none_looks_turned_off(packets, octets):
+    assert f" replay={octets} " in dump_sa(replace(SA, replay_window=packets), NOW)
+
+
 def test_dump_of_nat_traversal_ipcomp_and_long_keys():
     natt = replace(SA, natt=NatTraversal(4500, 1024, B, A))
     lines = dump_sa(natt, NOW).splitlines()
