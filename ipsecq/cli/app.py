@@ -213,7 +213,7 @@ def reset(
 app.command()(top)
 app.command()(monitor)
 app.command()(explain)
-app.command()(setkey)
+app.command(context_settings={"help_option_names": ["-?", "--help"]})(setkey)
 app.command()(tap)
 app.add_typer(importer, name="import")
 

@@ -13,6 +13,8 @@ import ipsecq
 from ipsecq.daemon import config as configuration
 from ipsecq.daemon.control import ask
 from ipsecq.errors import ConfigError
+from ipsecq.setkey.apply import check as find_refused
+from ipsecq.setkey.commands import Command
 from ipsecq.setkey.parser import parse
 from ipsecq.setkey.values import format_address
 
@@ -21,6 +23,7 @@ _PART: Final = 16 << 10
 
 
 def setkey(
+    messages: Annotated[list[Path] | None, typer.Argument(metavar="", hidden=True)] = None,
     file: Annotated[Path | None, typer.Option("-f", metavar="FILE", help="Carry out the sentences of a file.")] = None,
     stdin: Annotated[bool, typer.Option("-c", help="Carry out the sentences on standard input.")] = False,
     dump: Annotated[bool, typer.Option("-D", help="Show the SAs, with -P the policies.  Keys: to root alone.")] = False,
@@ -38,6 +41,7 @@ def setkey(
     kernel: Annotated[bool, typer.Option("-k", help="Accepted: policies for forwarding are part of `in` here.")] = False,
     rfc: Annotated[bool, typer.Option("-r", help="Accepted: as -k.")] = False,
     scope: Annotated[bool, typer.Option("-g", help="Accepted: all policies have global scope.")] = False,
+    no_sockets: Annotated[bool, typer.Option("-N", help="Accepted: -D -P shows no policies of sockets.")] = False,
     tied: Annotated[bool, typer.Option("-t", help="With -D -P: those of if_ipsec(4): there are none.")] = False,
     atomic: Annotated[bool, typer.Option("--atomic", help="All sentences take effect, or none.")] = False,
     version: Annotated[bool, typer.Option("-V", help="Print the version.")] = False,
@@ -49,6 +53,8 @@ def setkey(
     if version:
         print(f"ipsecq {ipsecq.__version__} setkey")
         return
+    if messages:
+        raise typer.BadParameter(f"sentences are read by -f {messages[0]}; files of raw PF_KEY messages are not read here")
     if sum((file is not None, stdin, dump, flush, bool(monitor))) != 1:
         raise typer.BadParameter("give one of -c, -f FILE, -D, -F and -x")
     if file is not None or stdin:
@@ -76,13 +82,24 @@ def _carry_out(config: Path, file: Path | None, *, check: bool, atomic: bool, ve
     text = octets.decode("utf-8", "surrogateescape")
     commands = parse(text, name)  # a mistake is found before the daemon hears of anything
     if check:
-        print(f"{name}: {len(commands)} sentences, no mistake")
+        _check(config, commands, name)
         return
     errors = _execute(configuration.load(config).control_socket, text, name, atomic=atomic)
     if verbose:
         print(f"{name}: {len(commands) - len(errors)} of {len(commands)} sentences carried out")
     if errors:
         sys.exit(1)
+
+
+def _check(config: Path, commands: list[Command], name: str) -> None:
+    """Say what a load would refuse; without a configuration file, by the defaults."""
+    legacy = config.exists() and configuration.load(config).daemon.allow_legacy
+    refused = find_refused(commands, now=time.time(), file=name, allow_legacy=legacy)
+    for error in refused:
+        print(f"ipsecq: {error}", file=sys.stderr)
+    if refused:
+        sys.exit(1)
+    print(f"{name}: {len(commands)} sentences, no mistake")
 
 
 def _execute(socket: Path, text: str, name: str, *, atomic: bool) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -44,6 +45,27 @@ def apply(
         except (SadError, SpdError, AlgorithmError) as error:
             raise ConfigError(str(error), file=file, line=command.line, column=command.column) from error
     return result
+
+
+def check(
+    commands: Iterable[c.Command], *, now: float, file: str = "", allow_legacy: bool = False
+) -> list[ConfigError]:
+    """What a load of ``commands`` would refuse, in their order; what follows a refused one is looked at, too.
+
+    The databases are empty in the beginning, so what isn't there to be shown or deleted is no mistake.
+    """
+    databases = Applied(Sad(), Spd())
+    refused: list[ConfigError] = []
+    for command in commands:
+        if isinstance(command, c.Exit):
+            break
+        try:
+            _apply_one(command, databases, now, allow_legacy, allow_unauthenticated=False)
+        except (SadError, SpdError, AlgorithmError) as error:
+            absent = not isinstance(error, AlgorithmError) and error.errno in (errno.ENOENT, errno.ESRCH)
+            if not (absent and isinstance(command, c.Get | c.Delete | c.DeleteAll | c.SpdDelete)):
+                refused.append(ConfigError(str(error), file=file, line=command.line, column=command.column))
+    return refused
 
 
 def _apply_one(
