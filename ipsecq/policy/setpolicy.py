@@ -55,11 +55,16 @@ class PolicySpec:
     action: Action | None = None
     priority: int = 0
     transforms: tuple[Transform, ...] = ()
+    forward: bool = False
+    """Written as *fwd*; the direction is IN."""
 
 
-def parse(text: str) -> PolicySpec:
-    """Parse a policy string; PolicySyntaxError with the column (from 1) of what is wrong."""
-    return _Parser(text).policy()
+def parse(text: str, *, forward: bool = False) -> PolicySpec:
+    """Parse a policy string; PolicySyntaxError with the column (from 1) of what is wrong.
+
+    ``forward``: Linux's direction *fwd* is taken, too (libipsec of ipsec-tools).
+    """
+    return _Parser(text).policy(forward)
 
 
 def format(policy: Policy | PolicySpec, delimiter: str = " ") -> str:
@@ -155,15 +160,11 @@ class _Parser:
         self.index += 1
         return choice
 
-    def policy(self) -> PolicySpec:
-        if self.word.lower() == "fwd":
-            raise PolicySyntaxError(
-                "direction fwd is Linux's only: here in covers forwarded packets too, remove this policy",
-                self.tokens[self.index][1],
-            )
-        direction = self.choose(_DIRECTIONS, "a direction")
+    def policy(self, forward: bool) -> PolicySpec:
+        written_forward = forward and self.take_if("fwd")
+        direction = Direction.IN if written_forward else self.choose(_DIRECTIONS, "a direction")
         if not self.word:
-            return PolicySpec(direction)
+            return PolicySpec(direction, forward=written_forward)
         priority = self.priority() if self.word.lower() in ("prio", "priority") else 0
         action = self.choose(_ACTIONS, "an action")
         rules: list[Transform] = []
@@ -173,7 +174,7 @@ class _Parser:
             rules.append(self.rule(direction))
         if action is Action.IPSEC and not rules:
             raise self.fail("a rule such as esp/tunnel/SRC-DST/require")
-        return PolicySpec(direction, action, priority, tuple(rules))
+        return PolicySpec(direction, action, priority, tuple(rules), written_forward)
 
     def priority(self) -> int:
         self.take()

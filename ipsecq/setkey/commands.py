@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ipsecq.numbers import Direction, Protocol
@@ -80,6 +80,8 @@ class SpdAdd(Command):
     """``spdadd``: a new policy."""
 
     policy: Policy
+    forward: bool = field(default=False, kw_only=True)
+    """Written as *fwd*, which the policy's direction, IN, doesn't say."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -87,6 +89,7 @@ class SpdUpdate(Command):
     """``spdupdate``: replace the policy with this direction and selector, or add it."""
 
     policy: Policy
+    forward: bool = field(default=False, kw_only=True)
 
 
 @dataclass(slots=True, frozen=True)
@@ -95,6 +98,7 @@ class SpdDelete(Command):
 
     direction: Direction
     selector: Selector
+    forward: bool = field(default=False, kw_only=True)
 
 
 @dataclass(slots=True, frozen=True)

@@ -9,7 +9,7 @@
     spddump ; spdflush ; exit ;
 
 PROTOCOL is esp, ah, ipcomp or esp-udp [ORIGINAL-SRC].  RANGE is an address, ADDRESS/PREFIX, FIRST-LAST or any.  POLICY
-is a string of ipsec_set_policy(3) (:mod:`ipsecq.policy.setpolicy`).
+is a string of ipsec_set_policy(3) (:mod:`ipsecq.policy.setpolicy`), or begins with *fwd* (:mod:`ipsecq.setkey.forward`).
 
 Extensions of ``add``: -m MODE, -r OCTETS (an eighth of the window in packets), -u REQID, -f PAD, -lh -ls SECONDS,
 -bh -bs OCTETS, -esn, -natt OAI[PORT] OAR[PORT], -natt_mtu N and -hwif NAME (read, and without a meaning here).  Ours:
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from ipsecq.setkey import commands as c
 from ipsecq.setkey.cursor import COMMANDS
+from ipsecq.setkey.forward import resolve
 from ipsecq.setkey.lexer import Kind
 from ipsecq.setkey.policy_rules import PolicyRules
 from ipsecq.setkey.sa_rules import SaRules
@@ -59,4 +60,4 @@ class _Parser(SaRules, PolicyRules):
             self.advance()
             result += rule(start)
             self.sign(";")
-        return result
+        return resolve(result, self.file)

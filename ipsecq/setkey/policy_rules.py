@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ipsecq.errors import ConfigError, PolicySyntaxError
+from ipsecq.numbers import IPPROTO_GRE
 from ipsecq.policy import setpolicy
 from ipsecq.policy.model import Policy, Selector
 from ipsecq.setkey import commands as c
@@ -31,18 +32,21 @@ class PolicyRules(Cursor):
 
     def spd_add(self, start: Token) -> list[c.Command]:
         """``spdadd``: one policy, or one a family for ``any any``."""
-        return [c.SpdAdd(policy, line=start.line, column=start.column) for policy in self._policies(start)]
+        policies, forward = self._policies(start)
+        return [c.SpdAdd(policy, forward=forward, line=start.line, column=start.column) for policy in policies]
 
     def spd_update(self, start: Token) -> list[c.Command]:
         """``spdupdate``: as spdadd."""
-        return [c.SpdUpdate(policy, line=start.line, column=start.column) for policy in self._policies(start)]
+        policies, forward = self._policies(start)
+        return [c.SpdUpdate(policy, forward=forward, line=start.line, column=start.column) for policy in policies]
 
     def spd_delete(self, start: Token) -> list[c.Command]:
         """``spddelete``: of the policy only the direction matters."""
         selectors = self._selectors()
         spec = self._policy_text()
         return [
-            c.SpdDelete(spec.direction, selector, line=start.line, column=start.column) for selector in selectors
+            c.SpdDelete(spec.direction, selector, forward=spec.forward, line=start.line, column=start.column)
+            for selector in selectors
         ]
 
     def spd_dump(self, start: Token) -> list[c.Command]:
@@ -53,7 +57,8 @@ class PolicyRules(Cursor):
         """``spdflush``."""
         return [c.SpdFlush(line=start.line, column=start.column)]
 
-    def _policies(self, start: Token) -> list[Policy]:
+    def _policies(self, start: Token) -> tuple[list[Policy], bool]:
+        """The policies, and whether they were written as *fwd*."""
         selectors = self._selectors()
         lifetime, fail_open = 0, False
         while self.token.kind is Kind.FLAG and self.token.text in ("-lh", "-fail_open"):
@@ -74,7 +79,7 @@ class PolicyRules(Cursor):
                 lifetime=lifetime, fail_open=fail_open, label=label,
             )
             for selector in selectors
-        ]  # fmt: skip
+        ], spec.forward  # fmt: skip
 
     def _selectors(self) -> list[Selector]:
         """Return one selector, or one for each family when both sides are any and no option names the family."""
@@ -93,6 +98,8 @@ class PolicyRules(Cursor):
         sport, dport = src.ports, dst.ports
         if self.token.kind is Kind.WORD:
             kind = self.advance()
+            if upper == IPPROTO_GRE:
+                self.error("selectors have no GRE keys here: without one, the policy is for all of gre", kind)
             if upper not in values.ICMP:
                 self.fail("-P (only icmp and icmp6 have TYPE,CODE)", kind)
             try:
@@ -141,7 +148,7 @@ class PolicyRules(Cursor):
         self.advance()
         token = self.advance()
         try:
-            return setpolicy.parse(token.text)
+            return setpolicy.parse(token.text, forward=True)
         except PolicySyntaxError as error:
             before = token.text[: error.column - 1]
             line = token.line + before.count("\n")

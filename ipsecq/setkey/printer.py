@@ -71,7 +71,7 @@ def dump_sa(sa: SecurityAssociation, now: float, usage: Usage = _UNUSED, *, rema
 
 
 def dump_policy(policy: Policy, last_use: float = 0, *, remaining: int = 0, pid: int = 0) -> str:
-    """Return one policy as ``setkey -DP`` prints it.  ``validtime`` (lifetime without use) is always 0: what would set it is refused."""
+    """Return one policy as ``setkey -DP`` prints it.  ``validtime`` is 0: nobody may set it."""
     rules = setpolicy.format(policy, delimiter="\n\t")
     return (
         f"{values.format_selector(policy.selector)}\n"

@@ -9,6 +9,7 @@ from typing import Final
 
 from ipsecq.numbers import (
     IPPROTO_ANY,
+    IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_IPV4,
@@ -27,7 +28,7 @@ UPPER_PROTOCOLS: Final = {
     "tcp": IPPROTO_TCP,
     "udp": IPPROTO_UDP,
     "ip6": IPPROTO_IPV6,
-    "gre": 47,
+    "gre": IPPROTO_GRE,
     "esp": 50,
     "ah": 51,
     "icmp6": IPPROTO_ICMPV6,

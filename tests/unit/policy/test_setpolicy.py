@@ -81,7 +81,7 @@ def test_priorities_survive_the_text_and_the_wire(priority):
 @pytest.mark.parametrize(("text", "column", "part"), [
     ("", 1, "direction"),
     ("sideways none", 1, "direction"),
-    ("fwd none", 1, "in covers forwarded"),
+    ("fwd none", 1, "direction"),
     ("out nothing", 5, "action"),
     ("out ipsec", 10, "a rule"),
     ("out none esp/transport", 10, "nothing after none"),
