@@ -19,7 +19,9 @@ _STRICTER: Final = {Level.USE: 1, Level.REQUIRE: 2, Level.UNIQUE: 3}
 """Default isn't here: how strict that is, knobs say."""
 
 
-def covers(inbound: tuple[Action, tuple[Transform, ...]], forward: tuple[Action, tuple[Transform, ...]]) -> bool:
+def covers(
+    inbound: tuple[Action | None, tuple[Transform, ...]], forward: tuple[Action | None, tuple[Transform, ...]]
+) -> bool:
     """Does the *in* policy ask for at least what the *fwd* policy does?  (action, transforms) of each."""
     return (
         inbound[0] is forward[0]

@@ -1,169 +1,194 @@
 """What ``ip xfrm state`` and ``ip xfrm policy`` print, as sentences of setkey(8).
 
-The two listings may follow each other in one text.  What has no counterpart becomes a comment that says why.
+The two listings may follow each other in one text.  What has no counterpart becomes a comment that says why: a word
+that was passed over could make a policy wider than it was, and let pass in clear what was protected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-# Names of Linux's crypto API; for AEADs and truncated hashes with the ICV in bits.
-_ENCRYPTION: Final = {
-    "cbc(aes)": "aes-cbc", "rfc3686(ctr(aes))": "aes-ctr", "ecb(cipher_null)": "null", "cbc(des3_ede)": "3des-cbc",
-}  # fmt: skip
-_AEAD: Final = {
-    ("rfc4106(gcm(aes))", "128"): "aes-gcm-16", ("rfc4106(gcm(aes))", "96"): "aes-gcm-12",
-    ("rfc4106(gcm(aes))", "64"): "aes-gcm-8", ("rfc7539esp(chacha20,poly1305)", "128"): "chacha20-poly1305",
-}  # fmt: skip
-_AUTHENTICATION: Final = {
-    ("hmac(sha1)", "96"): "hmac-sha1", ("hmac(sha256)", "128"): "hmac-sha2-256", ("hmac(sha384)", "192"): "hmac-sha2-384",
-    ("hmac(sha512)", "256"): "hmac-sha2-512", ("xcbc(aes)", "96"): "aes-xcbc-mac",
-}  # fmt: skip
+from ipsecq.numbers import Action
+from ipsecq.policy import setpolicy
+from ipsecq.policy.model import Transform
+from ipsecq.setkey import values
+from ipsecq.setkey.forward import covers
+from ipsecq.setkey.xfrm_record import (
+    CannotError,
+    Line,
+    Record,
+    ends,
+    is_passed_over,
+    lifetimes,
+    number,
+    pairs,
+    records,
+)
+from ipsecq.setkey.xfrm_state import state
+
+_SELECTOR: Final = ("src", "dst", "proto", "sport", "dport", "type", "code", "uid")
+_ALL_ONES: Final = "ffffffff"
 
 
-class _CannotError(Exception):
-    """Why a record has no counterpart."""
+@dataclass(slots=True, frozen=True)
+class _Policy:
+    """One policy: ``selector`` and what stands behind the direction, in setkey's words."""
 
+    direction: str
+    selector: str
+    priority: int
+    options: str
+    body: str
 
-@dataclass(slots=True)
-class _Record:
-    """One entry: the words of its first line, then those of each indented line with their depth."""
+    @property
+    def sentence(self) -> str:
+        direction = "in" if self.direction == "fwd" else self.direction
+        return f"spdadd {self.selector} {self.options}-P {direction} {self.body} ;"
 
-    head: list[str]
-    lines: list[list[str]] = field(default_factory=list)
-
-    def words(self, first: str) -> list[str]:
-        """The line that begins with this word, without it; empty when there is none."""
-        return next((line[1:] for line in self.lines if line[0] == first), [])
+    @property
+    def asks(self) -> tuple[Action | None, tuple[Transform, ...]]:
+        spec = setpolicy.parse(f"in {self.body}")
+        return spec.action, spec.transforms
 
 
 def convert(text: str) -> tuple[list[str], int]:
     """The sentences (and comments), and how many records have no counterpart."""
     states: list[str] = []
-    policies: list[tuple[int, str]] = []
+    policies: list[tuple[Record, _Policy]] = []
     comments: list[str] = []
-    records = list(_records(text.splitlines()))
-    inbound = {tuple(record.head) for record in records if record.words("dir")[:1] == ["in"]}
-    for record in records:
+
+    def refuse(record: Record, error: CannotError) -> None:
+        head = record.head or record.lines[0].words
+        # A line that nobody understands may hold a key.
+        comments.append(f"# {' '.join(head) if head[0] == 'src' else 'a line'}: {error}")
+
+    for record in records(text.splitlines()):
+        # An SA has a line that begins with dir, too, on Linux 6.10 and later.
+        first = record.lines[0].words[0] if record.lines and record.head[:1] == ["src"] else ""
         try:
-            if record.words("dir"):
-                if record.words("dir")[0] == "fwd" and tuple(record.head) in inbound:
-                    continue  # `in` means forwarded packets, too
-                policies.append(_policy(record))
-            elif record.words("proto"):
-                states.append(_state(record))
-        except _CannotError as error:
-            comments.append(f"# {' '.join(record.head)}: {error}")
-    # Linux: the lower priority wins; here, among policies of one priority, the one that was added first.
-    policies.sort(key=lambda each: each[0])
-    return [*states, *(sentence for _, sentence in policies), *comments], len(comments)
+            if first == "proto":
+                states.append(state(record))
+            elif first == "dir":
+                policies.append((record, _policy(record)))
+            elif first != "socket":
+                raise CannotError("not understood")
+        except CannotError as error:
+            refuse(record, error)
+        except (KeyError, IndexError):
+            refuse(record, CannotError("not understood"))
+    chosen: list[_Policy] = []
+    inbound = {policy.selector: policy for _, policy in policies if policy.direction == "in"}
+    for record, policy in policies:
+        try:
+            if policy.direction != "fwd" or not _is_part_of_in(policy, inbound.get(policy.selector)):
+                chosen.append(policy)
+        except CannotError as error:
+            refuse(record, error)
+    # Linux: the lower priority wins, and of one priority the policy that was added first, which is listed last.  Here
+    # they have one priority, in which the first wins.
+    chosen.reverse()
+    chosen.sort(key=lambda policy: policy.priority)
+    return [*states, *(policy.sentence for policy in chosen), *comments], len(comments)
 
 
-def _records(lines: Iterable[str]) -> Iterable[_Record]:
-    record = None
-    for line in lines:
-        words = line.split()
-        if not words:
-            continue
-        if line[0] not in " \t":
-            if record is not None:
-                yield record
-            record = _Record(words)
-        elif record is not None:
-            record.lines.append(words)
-    if record is not None:
-        yield record
+def _is_part_of_in(policy: _Policy, inbound: _Policy | None) -> bool:
+    """``in`` means forwarded packets, too: is there one that asks for what this *fwd* policy does?"""
+    if inbound is None:
+        if not policy.body.startswith("ipsec "):
+            raise CannotError("a fwd policy without its in policy: in would be for packets to the gateway itself, too")
+        return False
+    alike = (inbound.priority, inbound.options) == (policy.priority, policy.options)
+    if not alike or not covers(inbound.asks, policy.asks):
+        raise CannotError("this fwd policy says something else than the in policy with its selector, one is for both here")
+    return True
 
 
-def _pairs(words: list[str]) -> dict[str, str]:
-    return dict(zip(words[::2], words[1::2], strict=False))
-
-
-def _state(record: _Record) -> str:
-    ends = _pairs(record.head)
-    what = _pairs(["proto", *record.words("proto")])
-    protocol, mode = what["proto"], what.get("mode", "transport")
-    if protocol not in ("esp", "ah", "comp"):
-        raise _CannotError(f"protocol {protocol}")
-    if mode not in ("transport", "tunnel"):
-        raise _CannotError(f"mode {mode}")
-    encap = _pairs(record.words("encap"))
-    src, dst = ends["src"], ends["dst"]
-    name = {"comp": "ipcomp"}.get(protocol, protocol)
-    if encap:
-        if encap.get("type") != "espinudp":
-            raise _CannotError(f"encapsulation {encap.get('type')}")
-        src, dst, name = f"{src}[{encap['sport']}]", f"{dst}[{encap['dport']}]", "esp-udp"
-    words = [f"add {src} {dst} {name} {what['spi']} -m {mode}"]
-    if int(what.get("reqid", "0").split("(")[0]):
-        words.append(f"-u {what['reqid'].split('(')[0]}")
-    words += _window(record)
-    algorithms = _algorithms(record)
-    if not algorithms:
-        raise _CannotError("no algorithm is shown: run ip xfrm state as root")
-    return " ".join([*words, *algorithms, ";"])
-
-
-def _window(record: _Record) -> list[str]:
-    plain = record.words("replay-window")
-    # With ESN, and windows above 32, the context says the size: "replay_window 128, bitmap-length 4".
-    wide = next((line[1].rstrip(",") for line in record.lines if line[0] == "replay_window"), "")
-    size = int(wide or (plain[0] if plain else 0))
-    words = [f"-r {(size + 7) // 8}"] if size else []
-    flags = plain[plain.index("flag") + 1 :] if "flag" in plain else []
-    flags += record.words("flag")
-    return [*words, "-esn"] if "esn" in flags else words
-
-
-def _algorithms(record: _Record) -> list[str]:
-    found: list[str] = []
-    if aead := record.words("aead"):
-        found.append(f"-E {_named(_AEAD, (aead[0], aead[2]))} {aead[1]}")
-    if enc := record.words("enc"):
-        key = "" if enc[0] == "ecb(cipher_null)" else f" {enc[1]}"
-        found.append(f"-E {_named(_ENCRYPTION, enc[0])}{key}")
-    if auth := record.words("auth-trunc"):
-        found.append(f"-A {_named(_AUTHENTICATION, (auth[0], auth[2]))} {auth[1]}")
-    elif auth := record.words("auth"):
-        standard = next((bits for name, bits in _AUTHENTICATION if name == auth[0]), "")
-        found.append(f"-A {_named(_AUTHENTICATION, (auth[0], standard))} {auth[1]}")
-    if comp := record.words("comp"):
-        if comp[0] != "deflate":
-            raise _CannotError(f"compression {comp[0]}")
-        found.append("-C deflate")
-    return found
-
-
-def _named(table: dict[object, str] | dict[str, str] | dict[tuple[str, str], str], key: object) -> str:
-    name = table.get(key)  # type: ignore[call-overload]
-    if name is None:
-        raise _CannotError(f"algorithm {' '.join(key) if isinstance(key, tuple) else key} is not here")
-    return str(name)
-
-
-def _policy(record: _Record) -> tuple[int, str]:
-    ends = _pairs(record.head)
-    what = record.words("dir")
-    direction = {"fwd": "in"}.get(what[0], what[0])
-    rest = _pairs(what[1:])
-    ports = [f"[{ends[name]}]" if name in ends else "[any]" for name in ("sport", "dport")]
-    upper = ends.get("proto", "any")
-    head = f"spdadd {ends['src']}{ports[0]} {ends['dst']}{ports[1]} {upper} -P {direction}"
-    priority = int(rest.get("priority", "0"))
-    if rest.get("action") == "block":
-        return priority, f"{head} discard ;"
+def _policy(record: Record) -> _Policy:
+    selector = _selector(record.head)
+    what, flags = _what(record.lines[0].words)
     rules: list[str] = []
-    templates = [index for index, line in enumerate(record.lines) if line[0] == "tmpl"]
-    for index in templates:
-        outer = _pairs(record.lines[index][1:])
-        inner = _pairs(record.lines[index + 1])
-        mode, protocol = inner.get("mode", "transport"), {"comp": "ipcomp"}.get(inner["proto"], inner["proto"])
-        if mode not in ("transport", "tunnel"):
-            raise _CannotError(f"mode {mode}")
-        ends_text = f"{outer['src']}-{outer['dst']}" if mode == "tunnel" else ""
-        reqid = int(inner.get("reqid", "0").split("(")[0])
-        level = "use" if inner.get("level") == "use" else f"unique:{reqid}" if 0 < reqid < 0x4000 else "require"
-        rules.append(f"{protocol}/{mode}/{ends_text}/{level}")
-    return priority, f"{head} ipsec {' '.join(rules)} ;" if rules else f"{head} none ;"
+    options = ""
+    for line in record.lines[1:]:
+        if line.words[0] == "tmpl":
+            rules.append(_rule(line))
+        elif line.words[:2] == ["lifetime", "config:"]:
+            options = _lifetime(line)
+        elif not is_passed_over(line):
+            raise CannotError(f"'{' '.join(line.words)}' has no counterpart")
+    for flag in flags:
+        if flag != "localok":
+            raise CannotError(f"'flag {flag}' has no counterpart")
+    if what.get("action", "allow") not in ("allow", "block"):
+        raise CannotError(f"action {what['action']}")
+    if what.get("ptype", "main") != "main" or what.get("share", "any") != "any":
+        raise CannotError(f"ptype {what.get('ptype')}, share {what.get('share', 'any')}")
+    body = f"ipsec {' '.join(rules)}" if rules else "none"
+    if what.get("action") == "block":
+        body = "discard"
+    return _Policy(what["dir"], selector, number(what.get("priority", "0")), options, body)
+
+
+def _what(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The line with the direction: names and values, and flags."""
+    known = ("dir", "action", "index", "priority", "ptype", "share")
+    at = words.index("flag") if "flag" in words else len(words)
+    flags = [word for word in words[at + 1 :] if not word.startswith("(0x")]
+    return pairs([word for word in words[:at] if not word.startswith("(0x")], known), flags
+
+
+def _selector(head: list[str]) -> str:
+    said = pairs(head, _SELECTOR)
+    if said.get("uid", "0") != "0":
+        raise CannotError(f"'uid {said['uid']}' has no counterpart")
+    try:
+        protocol = values.parse_upper(said.get("proto", "any"))
+    except ValueError:
+        raise CannotError(f"protocol {said['proto']}") from None
+    upper = values.format_upper(protocol)
+    if protocol in values.ICMP:
+        ports = ("[any]", "[any]")
+        if "type" in said or "code" in said:
+            upper += f" {_one(said.get('type'))},{_one(said.get('code'))}"
+    elif "type" in said or "code" in said:
+        raise CannotError(f"'type {said.get('type')}' of protocol {upper} has no counterpart")
+    else:
+        ports = (f"[{_one(said.get('sport'))}]", f"[{_one(said.get('dport'))}]")
+    return f"{said['src']}{ports[0]} {said['dst']}{ports[1]} {upper}"
+
+
+def _one(text: str | None) -> str:
+    """A port, a type or a code; 0 alone would be any."""
+    return "any" if text is None else "0-0" if number(text) == 0 else str(number(text))
+
+
+def _lifetime(line: Line) -> str:
+    limits = lifetimes(line)
+    seconds = limits.pop("hard add", 0)
+    for name, value in limits.items():
+        raise CannotError(f"a {name} limit of {value} has no counterpart")
+    return f"-lh {seconds} " if seconds else ""
+
+
+def _rule(line: Line) -> str:
+    src, dst = ends(line.words[1:])
+    inner = pairs(line.parts[0], ("proto", "spi", "reqid", "mode"))
+    optional = False
+    for words in line.parts[1:]:
+        said = pairs(words, ("level", "share", "enc-mask", "auth-mask", "comp-mask"))
+        if said.get("level", "required") not in ("required", "use") or said.get("share", "any") != "any":
+            raise CannotError(f"'{' '.join(words)}' has no counterpart")
+        optional |= said.get("level") == "use"
+        for name, mask in said.items():
+            if name.endswith("-mask") and mask != _ALL_ONES:
+                raise CannotError(f"'{name} {mask}': SAs are not chosen by their algorithms here")
+    mode, protocol = inner.get("mode", "transport"), {"comp": "ipcomp"}.get(inner["proto"], inner["proto"])
+    if mode not in ("transport", "tunnel"):
+        raise CannotError(f"mode {mode}")
+    if protocol not in ("esp", "ah", "ipcomp"):
+        raise CannotError(f"protocol {protocol}")
+    if number(inner.get("spi", "0")):
+        raise CannotError(f"'spi {inner['spi']}': an SA is chosen by its reqid here")
+    reqid = number(inner.get("reqid", "0"))
+    level = "use" if optional else "unique" if reqid else "require"
+    return f"{protocol}/{mode}/{f'{src}-{dst}' if mode == 'tunnel' else ''}/{level}{f':{reqid}' if reqid else ''}"
