@@ -66,12 +66,13 @@ def run(
     """
     seccomp.architecture()
     option_hook = option_hook or SocketPolicies(mark_done, mark_mask, sockets_path)
+    keys = seccomp.key_descriptors()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()
     if not child:
         ours.close()
-        _become(arguments, theirs, mask)
+        _become(arguments, theirs, mask, keys)
     theirs.close()
     try:
         listener = seccomp.Listener(_take_listener(ours))
@@ -80,15 +81,17 @@ def run(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
     ours.close()
-    status = _supervise(child, Responder(listener, pfkey_path, option_hook), mask)
+    status = _supervise(child, Responder(listener, pfkey_path, option_hook, keys=keys), mask)
     sys.stdout.flush()
     _end_as(status)
 
 
-def _become(arguments: Sequence[str], supervisor: socket.socket, mask: set[signal.Signals | int]) -> NoReturn:
+def _become(
+    arguments: Sequence[str], supervisor: socket.socket, mask: set[signal.Signals | int], keys: range
+) -> NoReturn:
     """In the child: filter, hand over the listener, exec."""
     try:
-        descriptor = seccomp.install()
+        descriptor = seccomp.install(keys)
     except OSError as error:
         supervisor.send(struct.pack("=i", error.errno or errno.EINVAL))
         os._exit(NOT_EXECUTABLE)

@@ -2,10 +2,14 @@
 
 ``socket(AF_KEY, SOCK_RAW, PF_KEY_V2)`` returns a socket that is connected to the daemon; ``setsockopt`` and ``getsockopt``
 of a per-socket policy are handed to a hook.  Everything else never gets here
-(:func:`ipsecq.pfkey.seccomp.filter_program`), but for ``poll``: a kernel has queued its reply before ``write`` to a
-PF_KEY socket returns, and programs rely on it.  OpenBSD's iked waits for one millisecond, and gives up its IKE SA when
-there is no reply.  Our daemon answers when all its workers have the change, which takes longer; so such a poll begins
-when the reply is there.
+(:func:`ipsecq.pfkey.seccomp.filter_program`), but for what is sent through PF_KEY sockets: a kernel has queued its reply
+before ``send`` returns, and programs rely on it; racoon reads without waiting.  Our daemon answers when all its workers
+have the change, which takes longer.  So the supervisor sends the message itself, and lets the call return when the
+daemon, asked for anything on another connection, has answered there: its answers come in the order of the questions.
+
+The filter knows PF_KEY sockets by their numbers.  A duplicate, or what another process got, has another; for those
+``poll`` is left.  OpenBSD's iked, whose parent hands its socket to a child, waits for one millisecond, and gives up its
+IKE SA when there is no reply; such a poll begins when the reply is there.
 """
 
 from __future__ import annotations
@@ -18,10 +22,11 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from ipsecq.pfkey import seccomp
+from ipsecq.pfkey import seccomp, sending
 from ipsecq.pfkey.constants import PF_KEY_V2
 from ipsecq.pfkey.seccomp import Listener, Notification
 from ipsecq.pfkey.socketpolicy import OptionRequest
@@ -43,11 +48,26 @@ _OPTION_LIMIT: Final = 4096
 _INT: Final = 0xFFFFFFFF
 _PATIENCE: Final = 5.0
 """Seconds that a short poll of a PF_KEY socket may be put off: workers under load, and a ruleset to load."""
+_SEND_PATIENCE: Final = 30.0
+"""Seconds that a send through a PF_KEY socket may take: a daemon that has stopped must not stop the program for ever."""
+_QUESTION: Final = bytes(16)
+"""A header of no version: it is refused, when all before it are answered."""
 _UINT: Final = struct.Struct("=I")
 _POLICY_SIZE: Final = 16
 """``struct sadb_x_policy``."""
 _POLLFD: Final = struct.Struct("=ihh")
 _CAP_NET_ADMIN: Final = 12
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A call that returns, or begins, when ``socket`` has something to read, and at ``deadline`` at the latest."""
+
+    socket: socket.socket
+    notification: Notification
+    deadline: float
+    sent: int | None = None
+    """What a send returns, octets; None for a poll, which begins."""
 
 
 class Responder:
@@ -59,7 +79,10 @@ class Responder:
         pfkey_path: Path,
         option_hook: OptionHook | None = None,
         complain: Callable[[str], None] | None = None,
+        *,
+        keys: range = range(0),
     ) -> None:
+        """``keys``: the numbers that PF_KEY sockets get, as the filter knows them."""
         self.listener, self.path, self.option_hook = listener, pfkey_path, option_hook
         self._complain = complain or (lambda text: print(text, file=sys.stderr, flush=True))
         self._complained = ""
@@ -67,8 +90,9 @@ class Responder:
         self._epoll = select.epoll()
         self._epoll.register(listener.fileno(), select.EPOLLIN)
         self._watch = DaemonWatch(self._epoll)
-        self._waiting: dict[int, tuple[socket.socket, Notification, float]] = {}
-        """Polls that have not begun: our duplicate of the descriptor they ask about, and when they begin at the latest."""
+        self._keys = keys
+        self._waiting: dict[int, _Waiting] = {}
+        """Calls that have not returned, by the descriptor that tells when."""
 
     def fileno(self) -> int:
         """Readable when :meth:`serve` has something to do."""
@@ -78,7 +102,7 @@ class Responder:
         """Seconds after which :meth:`serve` has something to do in any case; None: nothing waits."""
         if not self._waiting:
             return None
-        return max(0.0, min(deadline for _, _, deadline in self._waiting.values()) - time.monotonic())
+        return max(0.0, min(each.deadline for each in self._waiting.values()) - time.monotonic())
 
     def serve(self) -> bool:
         """Do what is due, without waiting; False when no process has the filter any more."""
@@ -94,7 +118,7 @@ class Responder:
             else:
                 return False
         now = time.monotonic()
-        for descriptor in [each for each, (_, _, deadline) in self._waiting.items() if deadline <= now]:
+        for descriptor in [each for each, waiting in self._waiting.items() if waiting.deadline <= now]:
             self._begin(descriptor)
         return True
 
@@ -119,6 +143,8 @@ class Responder:
             self.listener.answer(notification, self._getsockopt(notification))
         elif notification.call == self._arch.poll:
             self._poll(notification)
+        elif notification.call in self._arch.sends:
+            self._send(notification)
         else:
             self.listener.answer(notification, errno.ENOSYS)
 
@@ -128,8 +154,43 @@ class Responder:
         if made is None:
             self.listener.go_on(notification)
             return
-        self._waiting[made.fileno()] = made, notification, time.monotonic() + _PATIENCE
-        self._epoll.register(made.fileno(), select.EPOLLIN)
+        self._wait(_Waiting(made, notification, time.monotonic() + _PATIENCE))
+
+    def _wait(self, waiting: _Waiting) -> None:
+        self._waiting[waiting.socket.fileno()] = waiting
+        self._epoll.register(waiting.socket.fileno(), select.EPOLLIN)
+
+    def _send(self, notification: Notification) -> None:
+        """Send a message in the program's place; the call returns when the reply to it is there."""
+        sent = self._pass_on(notification)
+        if sent is None:
+            self.listener.go_on(notification)
+            return
+        asking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            asking.connect(str(self.path))
+            asking.send(_QUESTION, socket.MSG_NOSIGNAL)
+        except OSError:
+            # No daemon any more, or it has no room: as good as it gets.
+            asking.close()
+            self.listener.answer(notification, value=sent)
+            return
+        self._wait(_Waiting(asking, notification, time.monotonic() + _SEND_PATIENCE, sent))
+
+    def _pass_on(self, notification: Notification) -> int | None:
+        """Octets sent; None: the kernel is to do what was asked for, and to say what is wrong with it."""
+        try:
+            data = sending.octets(notification, self._arch)
+        except (OSError, struct.error):
+            return None
+        made = self._own_socket(notification, notification.arguments[0] & _INT) if data is not None else None
+        if made is None or data is None:
+            return None
+        with made:
+            try:
+                return made.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                return None
 
     def _polled(self, notification: Notification) -> socket.socket | None:
         address, _, timeout = notification.arguments[:3]
@@ -138,11 +199,21 @@ class Responder:
             descriptor, events, _ = _POLLFD.unpack(seccomp.read_memory(thread, address, _POLLFD.size))
             if self._arch.poll_has_timespec and not _is_short(seccomp.read_memory(thread, timeout, 16)):
                 return None
-            if descriptor < 0 or not events & select.POLLIN:
-                return None
-            made = socket.socket(fileno=seccomp.duplicate_descriptor(thread, descriptor))
         except (OSError, struct.error):
             return None  # the kernel will tell the program
+        return self._own_socket(notification, descriptor) if descriptor >= 0 and events & select.POLLIN else None
+
+    def _own_socket(self, notification: Notification, descriptor: int) -> socket.socket | None:
+        """A duplicate of the program's descriptor, if that is a PF_KEY socket and the program still waits."""
+        try:
+            duplicate = seccomp.duplicate_descriptor(notification.thread, descriptor)
+        except OSError:
+            return None
+        try:
+            made = socket.socket(fileno=duplicate)
+        except OSError:
+            os.close(duplicate)
+            return None
         try:
             ours = made.family == socket.AF_UNIX and made.getpeername() == str(self.path)
         except OSError:
@@ -153,10 +224,13 @@ class Responder:
         return None
 
     def _begin(self, descriptor: int) -> None:
-        made, notification, _ = self._waiting.pop(descriptor)
+        waiting = self._waiting.pop(descriptor)
         self._epoll.unregister(descriptor)
-        made.close()
-        self.listener.go_on(notification)
+        waiting.socket.close()
+        if waiting.sent is None:
+            self.listener.go_on(waiting.notification)
+        else:
+            self.listener.answer(waiting.notification, value=waiting.sent)
 
     def _socket(self, notification: Notification) -> None:
         kind, protocol = (argument & _INT for argument in notification.arguments[1:3])
@@ -174,8 +248,9 @@ class Responder:
                 self._watch.add(made, notification.thread)
                 made.setblocking(not kind & socket.SOCK_NONBLOCK)
                 self.listener.answer_with_descriptor(
-                    notification, made.fileno(), close_on_exec=bool(kind & socket.SOCK_CLOEXEC)
-                )
+                    notification, made.fileno(), close_on_exec=bool(kind & socket.SOCK_CLOEXEC),
+                    number=seccomp.free_descriptor(notification.thread, self._keys),
+                )  # fmt: skip
 
     def _connect(self, made: socket.socket) -> int:
         try:

@@ -11,9 +11,11 @@ import errno
 import fcntl
 import os
 import platform
+import resource
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from ipsecq.errors import DaemonError
@@ -35,16 +37,30 @@ class Architecture:
     poll: int
     """What the C library's poll(3) calls: poll, or ppoll where there is no such call."""
     poll_has_timespec: bool
+    write: int
+    writev: int
+    sendto: int
+    sendmsg: int
     pidfd_getfd: int = 438
+
+    @property
+    def sends(self) -> tuple[int, int, int, int]:
+        """What sends through a socket."""
+        return self.write, self.writev, self.sendto, self.sendmsg
 
 
 ARCHITECTURES: Final = {
-    "x86_64": Architecture(0xC000003E, 317, 41, 54, 55, 7, False),
-    "aarch64": Architecture(0xC00000B7, 277, 198, 208, 209, 73, True),
+    "x86_64": Architecture(0xC000003E, 317, 41, 54, 55, 7, False, 1, 20, 44, 46),
+    "aarch64": Architecture(0xC00000B7, 277, 198, 208, 209, 73, True, 64, 66, 206, 211),
 }
 
 SHORT_POLL: Final = 20
 """Milliseconds: a program that waits for its reply no longer than this believes that the kernel answers at once."""
+
+_SELECTABLE: Final = 1024
+"""FD_SETSIZE: select(2) takes descriptors below it."""
+_KEY_SOCKETS: Final = 64
+"""Descriptors of one process that are set aside for PF_KEY sockets."""
 
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _SET_MODE_FILTER: Final = 1
@@ -52,6 +68,7 @@ _NEW_LISTENER: Final = 1 << 3
 _WAIT_KILLABLE: Final = 1 << 5
 """Linux 5.19: a signal that doesn't kill leaves a request alone that the supervisor has taken up."""
 _CONTINUE: Final = 1
+_ADDFD_SETFD: Final = 1 << 0
 _ADDFD_SEND: Final = 1 << 1
 
 _NOTIF: Final = struct.Struct("=QII iIQ6Q")
@@ -80,12 +97,24 @@ def architecture() -> Architecture:
     return found
 
 
-def filter_program(arch: Architecture) -> bytes:
+def key_descriptors() -> range:
+    """The numbers that PF_KEY sockets get in the program: the last ones that select(2) and its limit of files allow.
+
+    A filter sees numbers only: by theirs it knows what is sent through a PF_KEY socket.  Empty where the limit is low.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    top = _SELECTABLE if limit == resource.RLIM_INFINITY else min(limit, _SELECTABLE)
+    return range(top - _KEY_SOCKETS, top) if top >= 4 * _KEY_SOCKETS else range(0)
+
+
+def filter_program(arch: Architecture, keys: range = range(0)) -> bytes:
     """The BPF program: what notifies the supervisor; all else is allowed.
 
-    ``socket(AF_KEY, …)``, ``setsockopt`` and ``getsockopt`` of the two policy options, and ``poll`` of one descriptor
-    for at most :data:`SHORT_POLL` ms (how long a ppoll waits, the filter cannot see).  A handful of instructions decides.
+    ``socket(AF_KEY, …)``, ``setsockopt`` and ``getsockopt`` of the two policy options, ``poll`` of one descriptor
+    for at most :data:`SHORT_POLL` ms (how long a ppoll waits, the filter cannot see), and what is sent through one of
+    the descriptors ``keys``.  A handful of instructions decides.
     """
+    send = "send" if keys else "allow"
     poll = "one" if arch.poll_has_timespec else "brief"
     # struct seccomp_data: nr at 0, arch at 4, arguments of 8 octets from 16 on; the kernel itself takes family, level
     # and option as 32-bit ints, so their low halves (little endian on both machines) decide.  A jump names the step
@@ -97,7 +126,14 @@ def filter_program(arch: Architecture) -> bytes:
         ("", "equal", arch.socket, "socket", ""),
         ("", "equal", arch.setsockopt, "option", ""),
         ("", "equal", arch.getsockopt, "option", ""),
+        ("", "equal", arch.write, send, ""),
+        ("", "equal", arch.sendto, send, ""),
+        ("", "equal", arch.writev, send, ""),
+        ("", "equal", arch.sendmsg, send, ""),
         ("", "equal", arch.poll, poll, "allow"),
+        ("send", "load", 16, "", ""),
+        ("", "above", max(keys, default=0), "allow", ""),
+        ("", "above", max(keys.start - 1, 0), "notify", "allow"),
         ("brief", "load", 32, "", ""),
         ("", "equal", 0, "allow", ""),
         ("", "above", SHORT_POLL, "allow", ""),  # unsigned: for ever (-1) is above, too
@@ -125,19 +161,22 @@ def filter_program(arch: Architecture) -> bytes:
     )
 
 
-def install() -> int:
+def install(keys: range = range(0)) -> int:
     """Install the filter in this process, for it and all that it starts; return the listener's descriptor.
+
+    What is sent through ``keys`` notifies if a signal cannot interrupt a call that the supervisor has taken up (Linux
+    5.19): the call would be made again, and the message sent twice.
 
     OSError: EBUSY when a listener is there already, EINVAL or ENOSYS when the kernel has no notification, EPERM or
     EACCES when it is forbidden.  ``no_new_privs`` is set only where the kernel asks for it, that is, not for root.
     """
     arch = architecture()
     libc = ctypes.CDLL(None, use_errno=True)
-    program = filter_program(arch)
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
 
     def load(flags: int) -> int:
+        program = filter_program(arch, keys if flags & _WAIT_KILLABLE else range(0))
+        buffer = ctypes.create_string_buffer(program, len(program))
+        header = ctypes.create_string_buffer(struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer)))
         listener = int(libc.syscall(arch.seccomp, _SET_MODE_FILTER, flags, header))
         if listener < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -225,9 +264,25 @@ class Listener:
             elif error.errno not in (errno.ENOENT, errno.EINPROGRESS):
                 raise
 
-    def answer_with_descriptor(self, notification: Notification, descriptor: int, *, close_on_exec: bool) -> None:
-        """Put a duplicate of ``descriptor`` into the caller; its number is what the call returns."""
+    def answer_with_descriptor(
+        self, notification: Notification, descriptor: int, *, close_on_exec: bool, number: int | None = None
+    ) -> None:
+        """Put a duplicate of ``descriptor`` into the caller; its number is what the call returns.
+
+        It gets ``number``, which must be free, if the caller may have it; else the lowest that is free.
+        """
         flags = os.O_CLOEXEC if close_on_exec else 0
+        if number is not None:
+            placed = bytearray(
+                _ADDFD.pack(notification.id, _ADDFD_SEND | _ADDFD_SETFD, descriptor, number, flags)
+            )
+            try:
+                fcntl.ioctl(self._descriptor, _ADD_DESCRIPTOR, placed)
+            except OSError as error:
+                if error.errno == errno.ENOENT:
+                    return
+            else:
+                return
         try:
             # One step (Linux 5.14): the caller cannot be left with a descriptor that no call returned.
             added = bytearray(_ADDFD.pack(notification.id, _ADDFD_SEND, descriptor, 0, flags))
@@ -255,6 +310,24 @@ def write_memory(thread: int, address: int, data: bytes) -> None:
         memory.seek(address)
         if memory.write(data) != len(data):
             raise OSError(errno.EFAULT, "cut short")
+
+
+def free_descriptor(thread: int, numbers: range) -> int | None:
+    """The last of ``numbers`` that is free in another process; None where they are, or may soon be, in ordinary use."""
+    if not numbers or _is_open(thread, numbers.start - 1):
+        return None
+    return next((number for number in reversed(numbers) if not _is_open(thread, number)), None)
+
+
+def _is_open(thread: int, number: int) -> bool:
+    """Is this descriptor open there?  Where we may not look, it is."""
+    try:
+        Path(f"/proc/{thread}/fd/{number}").readlink()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _status(thread: int, name: str, word: int = 1) -> str:

@@ -1,9 +1,11 @@
 """``ipsecq exec`` with real programs: C, static and dynamic, threads, daemons, and Debian's iked."""
 
+import collections
 import errno
 import json
 import os
 import queue
+import resource
 import select
 import shutil
 import signal
@@ -21,7 +23,7 @@ from ipsecq.lab.netns import Lab, stop, wait_for
 from ipsecq.numbers import Direction, Mode, SaState
 from ipsecq.pfkey.memory import MemoryDatabase
 from ipsecq.pfkey.policyext import PolicyExt, Request
-from ipsecq.pfkey.seccomp import ARCHITECTURES, filter_program
+from ipsecq.pfkey.seccomp import ARCHITECTURES, filter_program, key_descriptors
 from ipsecq.pfkey.server import PfkeyServer
 from ipsecq.pfkey.socket_server import PfkeySocketServer
 
@@ -37,6 +39,7 @@ PROBE = r"""
 #include <unistd.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <linux/pfkeyv2.h>
 
@@ -98,6 +101,51 @@ int main(int argc, char **argv) {
         send(fd, &m, sizeof m, 0);
         printf("%d ", poll(&key, 1, 1));
         printf("%d\n", poll(&other, 1, 1));
+    } else if (!strcmp(how, "hasty")) {
+        /* As racoon: it never waits for a reply. */
+        for (int way = 0; way < 4; way++) {
+            struct sadb_msg m = { PF_KEY_V2, SADB_REGISTER, 0, SADB_SATYPE_ESP, 2, 0, 7, getpid() }, h;
+            struct iovec pieces[2] = { { &m, 8 }, { (char *)&m + 8, sizeof m - 8 } };
+            struct msghdr whole = { .msg_iov = pieces, .msg_iovlen = 2 };
+            char buffer[65536];
+            int fd = open_key(0);
+            fcntl(fd, F_SETFL, O_NONBLOCK);
+            ssize_t n = way == 0 ? send(fd, &m, sizeof m, 0) : way == 1 ? write(fd, &m, sizeof m)
+                      : way == 2 ? writev(fd, pieces, 2) : sendmsg(fd, &whole, MSG_NOSIGNAL);
+            ssize_t peeked = recv(fd, &h, sizeof h, MSG_PEEK | MSG_DONTWAIT);
+            if (peeked < 0) printf("%s ", strerror(errno));
+            ssize_t got = read(fd, buffer, sizeof buffer);
+            printf("%zd %zd %d %d\n", n, peeked, got > 100, got > 0 && recv(fd, buffer, sizeof buffer, 0) < 0);
+        }
+    } else if (!strcmp(how, "reader")) {
+        /* Somebody else takes the reply from the socket. */
+        struct sadb_msg m = { PF_KEY_V2, SADB_REGISTER, 0, SADB_SATYPE_ESP, 2, 0, 7, getpid() };
+        char buffer[65536];
+        int fd = open_key(0);
+        pid_t child = fork();
+        if (!child) _exit(recv(fd, buffer, sizeof buffer, 0) > 100 ? 7 : 1);
+        printf("%zd ", send(fd, &m, sizeof m, 0));
+        int status;
+        waitpid(child, &status, 0);
+        printf("%d\n", WEXITSTATUS(status));
+    } else if (!strcmp(how, "others")) {
+        /* Other files in the place of PF_KEY sockets, and more of these than there are places. */
+        int pipes[2], last = -1, low = 0;
+        char octet;
+        pipe(pipes);
+        dup2(pipes[1], atoi(argv[2]));
+        printf("%zd ", write(atoi(argv[2]), "x", 1));
+        printf("%zd ", read(pipes[0], &octet, 1));
+        for (int i = 0; i < 80; i++) { last = open_key(0); low += last >= 0 && last < atoi(argv[2]) - 63; }
+        printf("%d %d\n", last >= 0, low);
+        speak(NULL);
+    } else if (!strcmp(how, "polls")) {
+        int pipes[2];
+        pipe(pipes);
+        struct pollfd other = { pipes[0], POLLIN, 0 };
+        for (int i = 0; i < 100; i++) poll(&other, 1, 1);
+        printf("polled\n"); fflush(stdout);
+        getchar();
     } else if (!strcmp(how, "exit")) return atoi(argv[2]);
     else if (!strcmp(how, "die")) raise(atoi(argv[2]));
     else if (!strcmp(how, "catch")) {
@@ -365,6 +413,67 @@ def test_a_program_that_waits_a_millisecond_for_its_reply_gets_it_from_a_daemon_
         made.close()
 
 
+@pytest.fixture
+def slow_server(tmp_path):
+    """One whose workers take their time, and have the changes in their order."""
+    pending, timers = collections.deque(), []
+
+    def later(release):
+        pending.append(release)
+        timers.append(threading.Timer(0.3, made.call, [lambda _: pending.popleft()()]))
+        timers[-1].start()
+
+    made = Server(tmp_path / "pfkey.sock", later)
+    yield made
+    for timer in timers:
+        timer.join()
+    made.close()
+
+
+def test_a_program_that_never_waits_has_its_reply_whatever_it_sends_with(slow_server, probe):
+    """As racoon does: its socket doesn't block, and what recv says at once is what it goes by."""
+    assert run(slow_server.path, probe, "hasty").stdout.splitlines() == ["16 16 1 1"] * 4
+
+
+def test_a_send_returns_though_somebody_else_has_read_the_reply(slow_server, probe):
+    assert run(slow_server.path, probe, "reader").stdout == "16 7\n"
+
+
+def test_a_send_returns_when_the_daemon_ends_meanwhile(probe, tmp_path):
+    made = Server(tmp_path / "pfkey.sock", lambda release: asked.set())
+    asked = threading.Event()
+    with subprocess.Popen(command(made.path, probe, "hasty"), stdout=subprocess.PIPE, text=True) as process:
+        assert asked.wait(60)
+        made.close()
+        # The supervisor tells the program, which has not asked for that, with SIGTERM.
+        assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+def test_other_files_may_have_the_numbers_of_pf_key_sockets_and_there_may_be_more_of_these(server, probe):
+    numbers = key_descriptors()
+    done = run(server.path, probe, "others", numbers[-1])
+    assert done.stdout == f"1 1 1 {80 - len(numbers) + 1}\n{GOOD}"
+
+
+def test_a_program_with_few_files_is_served_without_numbers_of_their_own(server, probe):
+    assert run(server.path, probe, "speak", preexec_fn=lambda: limit_files(100)).stdout == GOOD
+    # One that lowers its limit when the filter is there.
+    assert run(server.path, "sh", "-c", f"ulimit -n 100; {probe} speak").stdout == GOOD
+
+
+def limit_files(number):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+
+
+def test_short_polls_of_other_files_leave_nothing_open_in_the_supervisor(server, probe):
+    words = command(server.path, probe, "polls")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "polled\n"
+        left = len(os.listdir(f"/proc/{process.pid}/fd"))
+        process.stdin.close()
+    assert left < 50
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 def test_a_user_without_privileges_is_served_with_no_new_privs(probe, tmp_path):
     for parent in (*Path(probe).parents[:3], *tmp_path.parents[:3], tmp_path):
@@ -440,6 +549,15 @@ def test_the_filter_notifies_for_what_ipsecq_serves_and_allows_all_else(machine)
         assert verdict(call, 15, 0, 16) == "allow"
     assert verdict(arch.poll, 0x7000, 1, 1) == "notify"
     assert verdict(arch.poll, 0x7000, 2, 1) == "allow"
+    for call in arch.sends:
+        assert verdict(call, 1000) == "allow"
+    octets = filter_program(arch, range(960, 1024))
+    program = [struct.unpack_from("=HBBI", octets, at) for at in range(0, len(octets), 8)]
+    for call in arch.sends:
+        for number, decision in ((0, "allow"), (959, "allow"), (960, "notify"), (1023, "notify"), (1024, "allow"),
+                                 (0xFFFFFFFF, "allow")):  # fmt: skip
+            assert verdict(call, number, 0x7000, 16) == decision
+    assert verdict(arch.socket, 15, 3, 2) == "notify"
     for timeout in (0, 1000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF):
         assert verdict(arch.poll, 0x7000, 1, timeout) == ("notify" if arch.poll_has_timespec else "allow")
 
