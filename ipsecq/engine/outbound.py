@@ -35,7 +35,10 @@ MAX_ACQUIRES: Final = 4096
 """Pairs whose last ACQUIRE is remembered for rate limiting."""
 
 TELL_SECONDS: Final = 1.0
-"""Between two ICMPv6 "packet too big" to one sender about one destination."""
+"""Between two ICMPv6 "packet too big" to one TCP sender about one destination."""
+
+TELL_AGAIN_SECONDS: Final = 60.0
+"""The same to a sender that perhaps sends fragments that fit: a connected socket hears of each error as EMSGSIZE."""
 
 MAX_TOLD: Final = 4096
 """Pairs of addresses whose last "packet too big" is remembered."""
@@ -91,7 +94,7 @@ class Outbound:
         """The newest one with this innermost step."""
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
-        self._told: dict[tuple[bytes, bytes], float] = {}
+        self._told: dict[tuple[bytes, bytes], tuple[int, float]] = {}
         self._identification = int.from_bytes(tables.random(4), "big")
         self._tap: Tap | None = None
         self._shown: dict[OutboundStep, OutboundStep] = {}
@@ -356,8 +359,10 @@ class Outbound:
         if view.version == 4 and view.dont_fragment:
             self._tell_mtu(packet, view, max(room, IPV4_LEAST_MTU), emit)
             return Counter.IP_TOOBIG
-        if view.version == 6 and view.length > IPV6_MIN_MTU and self._may_tell(view, now):
-            self._tell_mtu(packet, view, max(room, IPV6_MIN_MTU), emit)
+        if view.version == 6 and view.length > IPV6_MIN_MTU:
+            room6 = max(room, IPV6_MIN_MTU)
+            if self._may_tell(view, room6, now):
+                self._tell_mtu(packet, view, room6, emit)
         if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
             return Counter.IP_FRAGMENT
         knobs = self._tables.sysctl.v4
@@ -406,12 +411,14 @@ class Outbound:
             self._counters[Counter.OUT_TOOBIG_SENT] += 1
             emit.wire.append(error)
 
-    def _may_tell(self, view: PacketView, now: float) -> bool:
-        """True once in :data:`TELL_SECONDS` for a pair of addresses."""
+    def _may_tell(self, view: PacketView, mtu: int, now: float) -> bool:
+        """True for a pair of addresses when the MTU has changed, or what was told is forgotten or was not heard."""
         pair = (view.src, view.dst)
-        if now - self._told.get(pair, 0.0) < TELL_SECONDS:
+        pause = TELL_SECONDS if view.protocol == IPPROTO_TCP else TELL_AGAIN_SECONDS
+        told, then = self._told.get(pair, (0, 0.0))
+        if told == mtu and now - then < pause:
             return False
         if len(self._told) >= MAX_TOLD:
             self._told.clear()
-        self._told[pair] = now
+        self._told[pair] = mtu, now
         return True

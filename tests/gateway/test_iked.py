@@ -233,7 +233,7 @@ def check_rekeys(world, outcome):
     assert [status["counters"].get("esp_notdb", 0) for status in statuses] == [0, 0]
     assert len(outcome.spis) >= 2 * (outcome.rekeys + 1)
     assert outcome.lost == ([], [])
-    assert min(outcome.sent) > 1000
+    assert min(outcome.sent) > 100
     assert outcome.transfers
     assert all(transfer.digest_matches for transfer in outcome.transfers)
     frames = outcome.wire.frames()

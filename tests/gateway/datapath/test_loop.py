@@ -176,7 +176,7 @@ def test_tcp_and_ping_of_both_families_cross_two_loops_and_a_stateful_firewall(t
     # The wrapping engine knows no MTU: leave room for 28 octets.
     for site in (a, b):
         site.host.link_mtu("eth0", 1400)
-    assert traffic.tcp(a.host, b.host, b.host4, 4 << 20, timeout=10).digest_matches
+    assert traffic.tcp(a.host, b.host, b.host4, 4 << 20).digest_matches
     entry = a.gateway.run("conntrack", "-L", "-p", "tcp", check=False).stdout
     assert "ASSURED" in entry
     assert f"src={a.host4} dst={b.host4}" in entry

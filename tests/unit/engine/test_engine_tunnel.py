@@ -180,6 +180,24 @@ def test_an_ipv6_sender_is_told_the_mtu_never_below_1280_and_its_packet_goes_on_
     assert all(len(piece) <= 1300 for piece in wire)
 
 
+def test_an_ipv6_sender_that_may_send_fragments_that_fit_is_told_again_only_for_a_reason() -> None:
+    """A socket hears of each error; its datagrams go on without any."""
+    left, _ = tunnel("fd01::/64", "fd02::/64", A6, B6, mtu=1500)
+
+    def told() -> int:
+        before = left.count(Counter.OUT_TOOBIG_SENT)
+        assert left.send(udp("fd01::2", "fd02::2", bytes(1440)))[0] == Fate.DONE
+        return left.count(Counter.OUT_TOOBIG_SENT) - before
+
+    assert [told() for _ in range(3)] == [1, 0, 0]
+    left.now += 30
+    assert told() == 0
+    left.mtu = 1400  # what it was told holds no longer
+    assert [told(), told()] == [1, 0]
+    left.now += 61  # it may have forgotten
+    assert [told(), told()] == [1, 0]
+
+
 def test_a_joined_ipv6_datagram_enters_the_tunnel_in_fragments_that_a_router_behind_it_can_forward() -> None:
     left, right = tunnel("fd01::/64", "fd02::/64", A, B, mtu=1500)
     packet = udp("fd01::2", "fd02::2", bytes(4000))
