@@ -20,7 +20,7 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from ipsecq.netfilter.compile import DIRECT_OCTETS
 from ipsecq.netfilter.steering import buckets
@@ -51,6 +51,7 @@ _LD, _LDH, _LDB, _LDX_HEADER, _LD_X = 0x20, 0x28, 0x30, 0xB1, 0x40
 _JEQ, _JGT, _JSET, _AND, _MOD, _RET, _RET_A = 0x15, 0x25, 0x45, 0x54, 0x94, 0x06, 0x16
 _PACKET_TYPE, _DEVICE_TYPE = 0xFFFFF004, 0xFFFFF01C
 _NOTHING: Final = ((_RET, 0, 0, 0),)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RingSocket(NamedTuple):
@@ -97,9 +98,14 @@ class Rings:
         if queues > MAX_RINGS:
             self.problem = f"{queues} queues, and there are rings for {MAX_RINGS} at most"
             return
+        families = [family for family in FRAMES for _ in range(queues)]
         try:
-            for family in FRAMES:
-                self._open_group(family, queues)
+            for _ in families:
+                self._open.append(socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0))
+            with ThreadPoolExecutor(len(families)) as threads:  # as in close: each one waits for the kernel
+                list(threads.map(_allocate, self._open, families))
+            for place, family in enumerate(FRAMES):
+                self._make_group(family, self._open[place * queues : (place + 1) * queues])
         except OSError as error:
             self.problem = error.strerror or str(error)
             self.close()
@@ -117,26 +123,30 @@ class Rings:
         self._open.clear()
         self.sockets.clear()
 
-    def _open_group(self, family: int, queues: int) -> None:
+    def _make_group(self, family: int, rings: Sequence[socket.socket]) -> None:
+        """Bind these and make them a fanout group, in the order of their queues."""
         group = 0
-        for queue in range(queues):
-            one = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
-            self._open.append(one)
-            _program(one, socket.SOL_SOCKET, _SO_ATTACH_FILTER, _NOTHING)  # until it is one of the group
-            one.setsockopt(SOL_PACKET, PACKET_VERSION, struct.pack("=i", TPACKET_V2))
-            octets = FRAMES[socket.AddressFamily(family)] * FRAME
-            one.setsockopt(
-                SOL_PACKET, PACKET_RX_RING, struct.pack("=4I", _BLOCK, octets // _BLOCK, FRAME, octets // FRAME)
-            )
+        for queue, one in enumerate(rings):
             _bind(one, _TYPES[socket.AddressFamily(family)])
             mode = _FANOUT_CBPF if queue else _FANOUT_CBPF | _FANOUT_UNIQUEID
             one.setsockopt(SOL_PACKET, PACKET_FANOUT, struct.pack("=I", group | mode << 16))
             if not queue:
                 group = one.getsockopt(SOL_PACKET, PACKET_FANOUT) & 0xFFFF
-                _program(one, SOL_PACKET, PACKET_FANOUT_DATA, spread(family, queues))
+                _program(one, SOL_PACKET, PACKET_FANOUT_DATA, spread(family, len(rings)))
             self.sockets.append(RingSocket(family, queue, one.fileno()))
-        for each in self._open[-queues:]:
-            _program(each, socket.SOL_SOCKET, _SO_ATTACH_FILTER, taken(family))
+        for one in rings:
+            _program(one, socket.SOL_SOCKET, _SO_ATTACH_FILTER, taken(family))
+
+
+def _allocate(sock: socket.socket, family: int) -> None:
+    """Give a socket its ring, and a filter that takes nothing until it is one of the group."""
+    _program(sock, socket.SOL_SOCKET, _SO_ATTACH_FILTER, _NOTHING)
+    sock.setsockopt(SOL_PACKET, PACKET_VERSION, struct.pack("=i", TPACKET_V2))
+    octets = FRAMES[socket.AddressFamily(family)] * FRAME
+    wanted = struct.pack("=4I", _BLOCK, octets // _BLOCK, FRAME, octets // FRAME)
+    # Python's own setsockopt keeps the other threads waiting.
+    if _libc.setsockopt(sock.fileno(), SOL_PACKET, PACKET_RX_RING, wanted, len(wanted)):
+        _raise_errno()
 
 
 def _program(sock: socket.socket, level: int, option: int, program: Program) -> None:
@@ -148,10 +158,13 @@ def _program(sock: socket.socket, level: int, option: int, program: Program) -> 
 def _bind(sock: socket.socket, kind: int) -> None:
     """Receive an EtherType from all devices; Python's own ``bind`` wants the name of one."""
     address = struct.pack("=HHiHBB8s", socket.AF_PACKET, socket.htons(kind), 0, 0, 0, 0, bytes(8))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.bind(sock.fileno(), address, len(address)):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if _libc.bind(sock.fileno(), address, len(address)):
+        _raise_errno()
+
+
+def _raise_errno() -> NoReturn:
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
 
 
 def take_over(rings: Sequence[RingSocket], index: int, workers: int) -> list[PacketRing]:

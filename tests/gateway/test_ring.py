@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import threading
 
 import pytest
 
+from ipsecq.datapath import ring as rings
 from ipsecq.datapath.queue import queue_table
 from ipsecq.datapath.ring import FRAMES, PacketRing, Rings
 from ipsecq.lab import topology
@@ -119,6 +121,23 @@ def test_the_ring_takes_what_the_rule_drops_and_nothing_else(bench):
         after = bench.left()
         assert (found, after - before) == ([datagram] * taken, left), number
         before = after
+
+
+def test_the_rings_wait_for_the_kernel_together(monkeypatch):
+    """It takes some ten milliseconds for each, and the daemon's start waits for all."""
+    together = threading.Barrier(2 * QUEUES)
+    allocate = rings._allocate
+
+    def meet(*arguments):
+        together.wait(60)
+        allocate(*arguments)
+
+    monkeypatch.setattr(rings, "_allocate", meet)
+    with Lab() as lab:
+        opened = lab.namespace("alone").call(lambda: Rings(QUEUES))
+        assert not opened.problem
+        assert [each.queue for each in opened.sockets] == [*range(QUEUES)] * 2
+        opened.close()
 
 
 def test_frames_to_another_station_are_nobodys(bench):
