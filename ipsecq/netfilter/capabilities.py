@@ -15,7 +15,7 @@ import shutil
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -122,8 +122,8 @@ def _probe(scratch: bool) -> Capabilities:
     mine = process_capabilities()
     answers: dict[str, bool] = {}
     if shutil.which("nft"):
-        for name, text in _PROBES.items():
-            answers[name] = _works(lambda text=text: run_nft(_scoped(text, table)))  # type: ignore[misc]
+        # Of these, what a kernel of today may lack is the queue statement: the others are asked for together.
+        answers = _try_nft(["native_queue"], table) | _try_nft([*_PROBES.keys() - {"native_queue"}], table)
     return Capabilities(
         **answers,
         compat_queue=answers.get("nft", False) and _works(lambda: _try_compat(table)),
@@ -133,6 +133,14 @@ def _probe(scratch: bool) -> Capabilities:
         net_raw=bool(mine >> _CAP_NET_RAW & 1),
         scratch=scratch,
     )
+
+
+def _try_nft(names: Sequence[str], table: str) -> dict[str, bool]:
+    """Which of these probes nft takes: all in one transaction, as each waits for the kernel, or else one by one."""
+    scripts = {name: _scoped(_PROBES[name], f"{table}_{name}") for name in names}
+    if len(names) > 1 and _works(lambda: run_nft("".join(scripts.values()))):
+        return dict.fromkeys(names, True)
+    return {name: _works(lambda script=script: run_nft(script)) for name, script in scripts.items()}  # type: ignore[misc]
 
 
 def _scoped(text: str, table: str) -> str:
