@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -74,7 +75,10 @@ def run(path: Path) -> int:
     privileges.forbid_dumps()
     privileges.lock_memory()
     supervisor = Supervisor(content, journal=journal)
-    return asyncio.run(supervisor.main())
+    try:
+        return asyncio.run(supervisor.main())
+    finally:
+        gc.freeze()  # all of it goes with the process: the collector need not look at it once more
 
 
 class Supervisor:
