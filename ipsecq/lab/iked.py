@@ -156,7 +156,9 @@ def start_pair(
     """
     gateways = [Gateway(site.gateway, "", workers=workers, daemon=daemon) for site in network.sites]
     for gateway in gateways:
-        gateway.start()
+        gateway.start(wait=False)
+    for gateway in gateways:
+        gateway.ready()
     one, two = network.sites
     identities: list[Path | None] = [None, None]
     if words.get("authentication") == CERTIFICATES:

@@ -244,8 +244,11 @@ class Lab:
         while self._closers:
             with contextlib.suppress(Exception):
                 self._closers.pop()()
+        for process in self.processes:  # all of them at once: what they wait for at their end adds up otherwise
+            if process.poll() is None:
+                process.terminate()
         for process in self.processes:
-            stop(process)
+            _bury(process, 15.0)
         self.processes.clear()
         for space in self.namespaces.values():
             for pid in space.pids():  # what a killed daemon left behind
@@ -261,11 +264,16 @@ def stop(process: subprocess.Popen[bytes], patience: float = 5.0) -> int:
     """SIGTERM, then SIGKILL after ``patience`` seconds, to this one process; its exit status."""
     if process.poll() is None:
         process.terminate()
-        try:
-            process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    return _bury(process, patience)
+
+
+def _bury(process: subprocess.Popen[bytes], patience: float) -> int:
+    """Wait for the end of a process that has been told to end, SIGKILL after ``patience`` seconds; its exit status."""
+    try:
+        process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
     return process.returncode
 
 
