@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from ipsecq.lab import uml
 
 DEFAULT_SECONDS = 120
 STALLS = Path(__file__).parent / "helpers" / "stalls.py"
+PACKAGE = Path(__file__).parents[1] / "ipsecq"
 
 # How long an example takes says something about the machine's other work, not about us.
 settings.register_profile("ipsecq", deadline=None)
@@ -30,6 +32,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # A shell that starts us in the background has SIGINT ignored, and everything that we start would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Where PYTHONDONTWRITEBYTECODE is set, each of some thousand processes to come would compile all that it imports.
+    compileall.compile_dir(PACKAGE, quiet=2)
     config.addinivalue_line("markers", "seconds(n): time limit of this test, fixtures included (default 120)")
     if side := config.getoption("--late"):
         late.begin(side)
