@@ -90,8 +90,7 @@ class Theatre:
     def play(self, block: Block) -> None:
         """Do what a block says; AssertionError when it does not come out as the text promises."""
         if block.attributes.get("does") == "start":
-            for name in block.machines:
-                self._start(name)
+            self._start(*block.machines)
         if "norun" in block.attributes:
             return
         for name in block.machines:
@@ -124,17 +123,23 @@ class Theatre:
         mounts = "".join(f"mount --bind '{self.scratch / name}{mount}' {mount}; " for mount in _MOUNTS)
         return ["unshare", "-m", "env", path, "sh", "-e", "-c", mounts + 'exec "$@"', "sh", *argv]
 
-    def _start(self, name: str) -> None:
-        if name in self.started:
-            return
-        log = self.scratch / name / "log"
-        process = self.spaces[name].popen(*self._argv(name, ["ipsecq", "run"]), log=log)
-        self.started.add(name)
-        try:
-            wait_for(lambda: process.poll() is not None or "serving:" in self._log(name), "the daemon", 30)
-        except LabError as error:
-            raise AssertionError(f"{name}: {error}\n{self._log(name)}") from None
-        assert process.poll() is None, f"{name}: {self._log(name)}"
+    def _start(self, *names: str) -> None:
+        """Start the daemons of these machines, all at once, and wait until they serve."""
+        fresh = {}
+        for name in names:
+            if name not in self.started:
+                self.started.add(name)
+                argv = self._argv(name, ["ipsecq", "run"])
+                fresh[name] = self.spaces[name].popen(*argv, log=self.scratch / name / "log")
+        for name, process in fresh.items():
+            try:
+                wait_for(
+                    lambda name=name, process=process: process.poll() is not None or "serving:" in self._log(name),
+                    "the daemon", 30,
+                )  # fmt: skip
+            except LabError as error:
+                raise AssertionError(f"{name}: {error}\n{self._log(name)}") from None
+            assert process.poll() is None, f"{name}: {self._log(name)}"
 
     def _log(self, name: str) -> str:
         log = self.scratch / name / "log"
