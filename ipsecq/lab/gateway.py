@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,8 @@ from ipsecq.lab.netns import LabError, Namespace, stop, wait_for
 from ipsecq.lab.topology import Network, Site
 
 METRICS_PORT: Final = 9500
-READY_SECONDS: Final = 20.0
+READY_SECONDS: Final = 60.0
+"""Others may start at the same time, on a machine that is busy."""
 
 
 @dataclass(frozen=True)
@@ -247,10 +248,16 @@ def kill_process(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def start_all(gateways: Iterable[Gateway]) -> None:
+    """Start these daemons beside each other: a start is mostly waiting, for the kernel and for the other processor."""
+    started = [gateway.start(wait=False) for gateway in gateways]
+    for gateway in started:
+        gateway.ready()
+
+
 def both_gateways(network: Network, tunnel: Tunnel | None = None, *, workers: int = 2) -> tuple[Gateway, Gateway]:
     """Daemons at both ends of a tunnel, started and ready."""
     tunnel = tunnel or Tunnel(network)
     one, two = (Gateway(site.gateway, tunnel.setkey(site), workers=workers) for site in network.sites)
-    one.start(wait=False)
-    two.start(wait=False)
-    return one.ready(), two.ready()
+    start_all((one, two))
+    return one, two

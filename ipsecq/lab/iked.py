@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ipsecq.lab.certificates import Authority
-from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.gateway import Gateway, start_all
 from ipsecq.lab.netns import LabError, stop, wait_for
 from ipsecq.lab.topology import Network, Site
 from ipsecq.numbers import SaState
@@ -155,10 +155,7 @@ def start_pair(
     know its address.  With ``wait`` it returns when an SA each way is there at both ends.
     """
     gateways = [Gateway(site.gateway, "", workers=workers, daemon=daemon) for site in network.sites]
-    for gateway in gateways:
-        gateway.start(wait=False)
-    for gateway in gateways:
-        gateway.ready()
+    start_all(gateways)
     one, two = network.sites
     identities: list[Path | None] = [None, None]
     if words.get("authentication") == CERTIFICATES:

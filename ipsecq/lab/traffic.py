@@ -190,18 +190,19 @@ _ECHO: Final = struct.Struct("!BBHHH")
 
 def ping(
     space: Namespace, address: str, *, count: int = 3, size: int = 56, source: str | None = None, df: bool = False,
-    wait: float = 5.0,
+    wait: float = 5.0, enough: int = 0,
 ) -> int:  # fmt: skip
     """Send ``count`` echo requests of ``size`` octets in quick succession; how many were answered, each in ``wait`` seconds.
 
     ping(8) is no witness of loss: once it has an answer, it waits for the last ones only for two round trips.
-    ``df``: never in fragments, and what is longer than the path MTU isn't sent.
+    ``df``: never in fragments, and what is longer than the path MTU isn't sent.  ``enough``: be done with so many answers.
     """
     version6 = family(address) == socket.AF_INET6
     protocol = socket.IPPROTO_ICMPV6 if version6 else socket.IPPROTO_ICMP
     request, reply = (128, 129) if version6 else (8, 0)
     identifier, data = int.from_bytes(os.urandom(2), "big"), block(size)
     missing = set(range(count))
+    allowed = count - enough if enough else 0
     with space.socket(family(address), socket.SOCK_RAW, protocol) as probe:
         if df and version6:
             probe.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_DO)
@@ -211,7 +212,7 @@ def ping(
             probe.bind((source, 0))
 
         def answers(until: float) -> None:
-            while missing and (left := until - time.monotonic()) > 0:
+            while len(missing) > allowed and (left := until - time.monotonic()) > 0:
                 probe.settimeout(left)
                 try:
                     packet = probe.recv(65536)
@@ -227,6 +228,8 @@ def ping(
         except OSError:  # no route
             return 0
         for number in range(count):
+            if len(missing) <= allowed:
+                break
             message = _ECHO.pack(request, 0, 0, identifier, number) + data
             # The kernel fills in the sum of ICMPv6 alone.
             checksum = 0 if version6 else 0xFFFF - ones_complement(message)

@@ -3,6 +3,7 @@
 import pytest
 
 from ipsecq.lab.capture import Capture, in_clear
+from ipsecq.lab.gateway import start_all
 from ipsecq.lab.netns import wait_for
 from ipsecq.lab.traffic import ping
 
@@ -46,8 +47,7 @@ def test_a_fail_open_policy_passes_in_clear_while_the_daemon_is_dead_and_nothing
     assert in_clear(wire.frames(), one.lan6)
     assert in_clear(wire.frames(), one.lan4, two.lan4) == []
 
-    for gateway in world.gateways:
-        gateway.start()
+    start_all(world.gateways)
     with Capture(one.gateway, "wan") as wire:
         assert ping(one.host, two.host6) == 3
         assert ping(two.host, one.host4) == 3

@@ -47,7 +47,7 @@ def open_ike_world(lab, **words):
     wait_for(lambda: all(gateway.status()["policy_count"] >= 2 for gateway in gateways), "policies at both ends", 10)
     # Status tells of a policy a moment before the kernel's rules are there, when key management has its answer.
     host, far = network.one.host, network.two.host_address(words.get("version", 4))
-    wait_for(lambda: ping(host, far, count=1, wait=1) == 1, "the rules at both ends", 10)
+    wait_for(lambda: ping(host, far, count=20, wait=1, enough=1), "the rules at both ends", 10)
     return SimpleNamespace(network=network, gateways=gateways, daemons=daemons)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ipsecq.lab import iked
 from ipsecq.lab.capture import Capture, in_clear
-from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.gateway import Gateway, start_all
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build, firewall
 from ipsecq.lab.traffic import ping
@@ -38,7 +38,8 @@ def world():
         gateways = []
         for site in network.sites:
             firewall(site)
-            gateways.append(Gateway(site.gateway, "", workers=1, settings="\n" + block("ipsecq.toml")).start())
+            gateways.append(Gateway(site.gateway, "", workers=1, settings="\n" + block("ipsecq.toml")))
+        start_all(gateways)
         yield network, gateways
 
 
@@ -102,7 +103,7 @@ def test_road_warrior_with_certificates_behind_nat(world, tmp_path):
         "the laptop's address", 5,
     )[1]  # fmt: skip
     laptop, server = network.one.gateway, network.two.host4
-    wait_for(lambda: ping(laptop, server, source=address, count=1, wait=1) == 1, "the rules at both ends", 10)
+    wait_for(lambda: ping(laptop, server, source=address, count=20, wait=1, enough=1), "the rules at both ends", 10)
     assert ping(laptop, server, source=address) == 3
     assert all(sa["natt"] for gateway in gateways for sa in iked.sas(gateway))
 
@@ -116,15 +117,16 @@ def test_two_blocks_for_the_same_networks_share_their_flows_and_neither_end_fall
             Gateway(
                 site.gateway, block(f"setkey.conf on gw{site.number}", section), daemon="parallel_sas = true",
                 settings="\n" + block("ipsecq.toml"),
-            ).start()
+            )
             for site in network.sites
         ]  # fmt: skip
+        start_all(gateways)
         daemons = [
             iked.Iked(gateways[site.number - 1], block(f"/etc/iked.conf on gw{site.number}", section)).start()
             for site in (two, one)
         ]
         wait_for(lambda: all(len(iked.sas(gateway)) == 4 for gateway in gateways), "two SAs each way at both ends", 20)
-        wait_for(lambda: ping(one.host, two.host4, count=1, wait=1) == 1, "the rules at both ends", 10)
+        wait_for(lambda: ping(one.host, two.host4, count=20, wait=1, enough=1), "the rules at both ends", 10)
         for port in range(24):
             with one.host.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
                 sender.bind((one.host4, 20000 + port))

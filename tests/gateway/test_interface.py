@@ -10,7 +10,7 @@ import pytest
 from world import started
 
 from ipsecq.lab.capture import Capture, other_than_esp, repeated_sequence_numbers
-from ipsecq.lab.gateway import Gateway, kill_process
+from ipsecq.lab.gateway import Gateway, kill_process, start_all
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.routed import DEVICE, RoutedTunnel
 from ipsecq.lab.topology import build
@@ -46,8 +46,8 @@ class World:
             for site in self.network.sites
         ]
         started[:] = self.gateways
-        for gateway, site in zip(self.gateways, self.network.sites, strict=True):
-            gateway.start()
+        start_all(self.gateways)
+        for site in self.network.sites:
             site.gateway.nft(RULES)
             # Where the packets would go if the device did not take them: to the other gateway, in clear.
             far = self.tunnel.far(site)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ipsecq.lab.capture import Capture
-from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.gateway import Gateway, start_all
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build, firewall
 from ipsecq.lab.traffic import ping
@@ -32,7 +32,8 @@ def pair():
                 f"spdadd {near.lan4} {far.lan4} any -P out ipsec esp/tunnel/{near.wan4}-{far.wan4}/require;\n"
                 f"spdadd {far.lan4} {near.lan4} any -P in ipsec esp/tunnel/{far.wan4}-{near.wan4}/require;\n"
             )
-            gateways.append(Gateway(near.gateway, text).start())
+            gateways.append(Gateway(near.gateway, text))
+        start_all(gateways)
         yield network, gateways
 
 

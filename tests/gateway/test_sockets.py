@@ -15,7 +15,7 @@ import pytest
 
 import ipsecq
 from ipsecq.lab.capture import Capture
-from ipsecq.lab.gateway import Gateway
+from ipsecq.lab.gateway import Gateway, start_all
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build
 
@@ -92,7 +92,7 @@ class Net:
             # Programs of other users have to get at the socket.
             for folder in (gateway.directory, lab.directory):
                 folder.chmod(0o755)
-            gateway.start()
+        start_all(self.gateways)
         self.paths = [gateway.directory / "run" / "sockets" for gateway in self.gateways]
         self.open = []
 

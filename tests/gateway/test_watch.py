@@ -21,7 +21,7 @@ import pytest
 from dashboard import CONTRIB, filled, panels
 from world import started
 
-from ipsecq.lab.gateway import METRICS_PORT, Gateway, Tunnel
+from ipsecq.lab.gateway import METRICS_PORT, Gateway, Tunnel, start_all
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.topology import build
 from ipsecq.lab.traffic import ping
@@ -36,7 +36,8 @@ def pair():
         network = build(lab)
         tunnel = Tunnel(network)
         tunnel.lines = [line.replace("-m tunnel", "-m tunnel -lh 86400 -ls 80000") for line in tunnel.lines]
-        gateways = [Gateway(site.gateway, tunnel.setkey(site), listen="0.0.0.0").start() for site in network.sites]
+        gateways = [Gateway(site.gateway, tunnel.setkey(site), listen="0.0.0.0") for site in network.sites]
+        start_all(gateways)
         started[:] = gateways
         one, two = network.sites
         for version in (4, 6):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ipsecq.lab.gateway import Gateway, Tunnel
+from ipsecq.lab.gateway import Gateway, Tunnel, start_all
 from ipsecq.lab.topology import Network, build, firewall
 
 started: list[Gateway] = []
@@ -34,8 +34,5 @@ def open_world(lab, *, tunnel=None, workers=2, masquerade_inner=None, daemon="",
         for site in network.sites
     ]
     started[:] = gateways
-    for gateway in gateways:
-        gateway.start(wait=False)
-    for gateway in gateways:
-        gateway.ready()
+    start_all(gateways)
     return World(network, tunnel, *gateways)
