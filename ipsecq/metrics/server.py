@@ -171,5 +171,6 @@ class MetricsServer:
     def close(self) -> None:
         """Stop listening."""
         if self._thread.is_alive():
+            self._server.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread, which else looks twice a second
             self._server.shutdown()
         self._server.server_close()
