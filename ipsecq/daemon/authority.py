@@ -7,18 +7,17 @@ queued as operations for the workers (:mod:`ipsecq.daemon.replica`).  The owner 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Final
 
-from ipsecq.crypto import registry
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.ledger import PairLedger
 from ipsecq.daemon.messages import Operation
+from ipsecq.daemon.slots import Slots
 from ipsecq.daemon.table import SharedTable, fingerprint
-from ipsecq.daemon.undo import Undo
 from ipsecq.errors import IpsecqError
-from ipsecq.numbers import Protocol, SaState
+from ipsecq.numbers import SaState
 from ipsecq.policy.model import Policy
 from ipsecq.policy.sockets import FIRST_ID, SocketPolicy
 from ipsecq.policy.spd import Spd
@@ -27,8 +26,6 @@ from ipsecq.sa.association import SaKey, SecurityAssociation, Slot
 from ipsecq.sa.sad import Sad
 from ipsecq.sysctl import Sysctl
 
-PFKEY_LABEL: Final = ("pfkey:", "setkey:")
-"""Begin the labels of whatever came over PF_KEY, or by ``ipsecq setkey``."""
 _STATE: Final = int(Slot.STATE)
 SWEEP: Final = 4096
 """SAs that one look at lifetimes and reservations takes in: a hundred thousand take seconds, not the event loop."""
@@ -61,16 +58,15 @@ class Authority:
         self.sad = Sad()
         self.spd = Spd()
         self.sysctl = Sysctl()
+        self.book = book
         self.problems: dict[SaKey, str] = {}
         """SAs that refuse to send, and why."""
         self.ledger = PairLedger(table.words, peer_limit)
         self.observer: Callable[[str, SecurityAssociation | Policy], None] = lambda what, item: None
         """Hears of every change: its name as an event, and the SA or policy."""
         self._table = table
-        self._book = book
+        self._slots = Slots(table, book, self.ledger)
         self._batch = Batch()
-        self._uses: dict[int, int] = {}
-        """Slot → how many SAs have it, those included that some worker may still know."""
         self._marks = 0
         """Points in the stream of operations at which a new worker's whole state was taken."""
         self._sweep: list[SecurityAssociation] = []
@@ -102,13 +98,7 @@ class Authority:
         wanted = [(sa, passing) for sa, passing in batch.moving if self.sad.inbound(sa.key) is sa]
         kept = {fingerprint(sa) for sa, _ in wanted}
         with self.ledger.lock:
-            for slot in batch.retiring:
-                self._uses[slot] -= 1
-                if not self._uses[slot]:
-                    del self._uses[slot]
-                    moves = self._table.fingerprint_of(slot) in kept
-                    self.ledger.leave(slot, moves=moves)
-                    self._table.retire(slot, counts=moves)
+            self._slots.release(batch.retiring, kept)
             for at, (sa, passing) in enumerate(wanted):
                 try:
                     self._give(sa, passing)
@@ -171,23 +161,16 @@ class Authority:
 
     def _give(self, sa: SecurityAssociation, passing: bool) -> None:
         """A slot for an SA that is new to workers, now or as soon as it can be."""
-        if self._must_wait(sa):
+        if self._slots.must_wait(sa):
             self._batch.moving.append((sa, passing))
         else:
             self._enroll(sa, passing)
             self._operations.append(("sa_put", sa))
 
-    def _must_wait(self, sa: SecurityAssociation) -> bool:
-        """True while workers may use a slot of this SA that has another size.
-
-        Two slots for one SA would be two sources of sequence numbers and two windows.
-        """
-        return sa.state is not SaState.LARVAL and not self._table.fits(fingerprint(sa), sa.replay_window)
-
     def update_sa(self, sa: SecurityAssociation, *, passing: bool = False) -> None:
         """Put ``sa`` in the place of the one with its key.  SadError ESRCH."""
         old = self.sad.get(sa.dst, sa.protocol, sa.spi)
-        if self._must_wait(sa):
+        if self._slots.must_wait(sa):
             self.sad.update(sa)
             self._operations.append(("sa_delete", sa.dst, int(sa.protocol), sa.spi))
             if old.slot >= 0:
@@ -257,32 +240,8 @@ class Authority:
             self._batch.retiring.append(sa.slot)
 
     def _enroll(self, sa: SecurityAssociation, passing: bool, old_slot: int = -1) -> None:
-        """Slot (perhaps the ``old_slot``, which it has already) and reservation; a larval SA needs none."""
-        if sa.state is SaState.LARVAL:
-            return
-        slot = self._table.allocate(fingerprint(sa), sa.replay_window)
-        try:
-            self._reserve(sa, slot, passing)
-        except BaseException:
-            if slot not in self._uses:
-                self._table.retire(slot, counts=True)
-            raise
-        sa.slot = slot
-        if slot != old_slot:
-            self._uses[slot] = self._uses.get(slot, 0) + 1
-        self.ledger.join(slot, sa.src, sa.dst)
-
-    def _reserve(self, sa: SecurityAssociation, slot: int, passing: bool) -> None:
-        """The right to take sequence numbers, or the reason why not."""
-        if sa.protocol is Protocol.IPCOMP:
-            return
-        # AES-GMAC has a counter for its IV as an authentication algorithm, too.
-        counter_iv = sa.authentication == "aes-gmac" or (
-            sa.encryption is not None and registry.encryption(sa.encryption).iv_is_counter
-        )
-        problem = self._book.enroll(slot, counter_iv=counter_iv, passing=passing)
-        if problem:
-            self.problems[sa.key] = self._book.refusal(slot, sa.spi) or problem
+        if problem := self._slots.enroll(sa, passing, old_slot):
+            self.problems[sa.key] = problem
 
     def expire(self, now: float, sas: Iterable[SecurityAssociation]) -> list[tuple[SecurityAssociation, bool]]:
         """Judge the lifetimes of ``sas``; (SA, hard) for each that reached one.  Hard ones are gone."""
@@ -355,6 +314,24 @@ class Authority:
             self.observer("policy_deleted", policy)
         return gone
 
+    def replace_policies(self, policies: list[Policy]) -> None:
+        """Make the SPD these, in this order; those that are there already stay as they are."""
+        before = [(policy.id, policy) for policy in self.spd.dump()]
+        self.spd.replace_all(policies)
+        if before != [(policy.id, policy) for policy in self.spd.dump()]:
+            self._operations.append(("spd_replace", self.spd.dump()))
+            self._tell_difference(before)
+
+    def _tell_difference(self, before: list[tuple[int, Policy]]) -> None:
+        now = {policy.id for policy in self.spd}
+        known = {number for number, _ in before}
+        for number, policy in before:
+            if number not in now:
+                self.observer("policy_deleted", policy)
+        for policy in self.spd:
+            if policy.id not in known:
+                self.observer("policy_added", policy)
+
     def put_socket(self, policy: SocketPolicy) -> None:
         """Add or replace the policies of a mark."""
         self.spd.put_socket(policy)
@@ -385,92 +362,6 @@ class Authority:
         self._operations.append(("sysctl", name, new))
         return old, new
 
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def become(
-        self, sad: Sad, spd: Spd, sysctl: Mapping[str, int], *, was: Iterable[SaKey] = (), undo: Undo | None = None
-    ) -> None:
-        """Take over what the files say.  SAs, policies and knobs that they do not change stay as they are.
-
-        ``sysctl``: the knobs to set; the others keep the values that somebody set since the start.
-
-        ``was``: what the files said before; such SAs go when the files no longer have them.  SAs and policies that
-        came over PF_KEY stay, except where the files now have their own.  When a slot or the disk fails for a new SA,
-        what was done so far stands in ``undo``: see :meth:`revert`.
-        """
-        undo = undo if undo is not None else Undo()
-        with self._book.batch():
-            for sa in sad.dump():
-                old = self._there(sa.key)
-                if old is None:
-                    self.add_sa(sa)
-                elif not same(old, sa):
-                    self.update_sa(sa)
-                else:
-                    continue
-                undo.sas[sa.key] = old, sa
-        wanted = {sa.key for sa in sad}
-        for key in was:
-            if key not in wanted and key in self.sad:
-                undo.sas[key] = self.delete_sa(key), None
-        undo.before = self.spd.dump()
-        files = [replace(policy, id=0) for policy in spd.dump()]
-        mine = {(policy.direction, policy.selector) for policy in files}
-        others = [
-            policy
-            for policy in undo.before
-            if policy.label.startswith(PFKEY_LABEL) and (policy.direction, policy.selector) not in mine
-        ]
-        # As after a start: the files first, and what key management added since behind them.
-        self._policies_become([*files, *others])
-        undo.after = self.spd.dump()
-        for name, value in sysctl.items():
-            if self.sysctl.get(name) != value:
-                undo.knobs[name] = self.set_sysctl(name, value)[0]
-
-    def revert(self, undo: Undo) -> None:
-        """Take back what :meth:`become` did, and leave alone what others changed since."""
-        for key, (old, new) in undo.sas.items():
-            now = self._there(key)
-            if now is not new:
-                continue
-            if old is None:
-                self.delete_sa(key)
-            elif now is None:
-                self.add_sa(old)
-            else:
-                self.update_sa(old)
-        if undo.after is not None:
-            self._policies_become(undo.policies(self.spd.dump()))
-        for name, value in undo.knobs.items():
-            self.set_sysctl(name, value)
-
-    def _there(self, key: SaKey) -> SecurityAssociation | None:
-        return self.sad.get(*key) if key in self.sad else None
-
-    def _policies_become(self, policies: list[Policy]) -> None:
-        before = [(policy.id, policy) for policy in self.spd.dump()]
-        self.spd.replace_all(policies)
-        if before != [(policy.id, policy) for policy in self.spd.dump()]:
-            self._operations.append(("spd_replace", self.spd.dump()))
-            self._tell_difference(before)
-
-    def _tell_difference(self, before: list[tuple[int, Policy]]) -> None:
-        now = {policy.id for policy in self.spd}
-        known = {number for number, _ in before}
-        for number, policy in before:
-            if number not in now:
-                self.observer("policy_deleted", policy)
-        for policy in self.spd:
-            if policy.id not in known:
-                self.observer("policy_added", policy)
-
     def usage_words(self, sa: SecurityAssociation) -> memoryview | None:
         """The SA's slot, for counters; None while it has none."""
         return self._table.words[sa.slot : sa.slot + Slot.WINDOW] if sa.slot >= 0 else None
-
-
-def same(one: SecurityAssociation, other: SecurityAssociation) -> bool:
-    """True when two SAs differ in nothing that matters to packets: then a reload leaves the old one alone."""
-    blank = {"created": 0.0, "slot": -1, "label": "", "state": SaState.MATURE, "pid": 0}
-    return replace(one, **blank) == replace(other, **blank)  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ class Requests:
         return self._supervisor.watch.bus.subscribe()
 
     async def _reload(self, request: dict[str, Any]) -> object:
-        return await self._supervisor.reload()
+        return await self._supervisor.reloads.reload()
 
     async def _sysctl_get(self, request: dict[str, Any]) -> object:
         names = request.get("names")

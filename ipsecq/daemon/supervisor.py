@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -32,8 +32,11 @@ from ipsecq.daemon.log import LOGGER, configure
 from ipsecq.daemon.messages import Operation, WorkerSetup
 from ipsecq.daemon.nat import NatPeers
 from ipsecq.daemon.notify import Notifier
-from ipsecq.daemon.pool import WorkerHandle, WorkerPool
+from ipsecq.daemon.pool import WorkerPool
+from ipsecq.daemon.reload import Reloads
+from ipsecq.daemon.reports import Reports
 from ipsecq.daemon.requests import Requests
+from ipsecq.daemon.reservations import Reservations
 from ipsecq.daemon.ruleset import Ruleset
 from ipsecq.daemon.rundir import RunLock, make_directory
 from ipsecq.daemon.sampling import History, Sampler
@@ -41,20 +44,19 @@ from ipsecq.daemon.socket_server import SocketServer
 from ipsecq.daemon.sockets import SocketPolicies
 from ipsecq.daemon.statefile import boot_identity, machine_identity
 from ipsecq.daemon.table import CounterPages, SharedTable
+from ipsecq.daemon.takeover import take_over
 from ipsecq.daemon.tap import TapServer
-from ipsecq.daemon.undo import Undo
 from ipsecq.daemon.watch import Watch
 from ipsecq.datapath import enc0, tun
 from ipsecq.datapath.mtu import PathMtu
 from ipsecq.datapath.output import RawOutput
-from ipsecq.engine.pmtu import floor
 from ipsecq.engine.tables import Tables
-from ipsecq.errors import DaemonError, IpsecqError, StateError
+from ipsecq.errors import DaemonError, IpsecqError
 from ipsecq.metrics.server import MetricsServer
 from ipsecq.netfilter.links import LinkEvent
 from ipsecq.policy.model import Policy
 from ipsecq.policy.sockets import SocketPolicy
-from ipsecq.sa.association import SaKey, SecurityAssociation
+from ipsecq.sa.association import SecurityAssociation
 from ipsecq.sysctl import Sysctl
 
 log: Final = logging.getLogger(f"{LOGGER}.supervisor")
@@ -89,17 +91,15 @@ class Supervisor:
         self.config: Config = content.config
         self.history = History()
         self._journal = journal
-        self._notifier = Notifier()
+        self.notifier = Notifier()
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._from_files: set[SaKey] = set()
         self._rules_due = False
         """The SPD or a knob has changed and nftables does not know yet."""
         self._sockets_due = False
         """The same of the policies of sockets."""
         self._saved_sockets: dict[int, SocketPolicy] = {}
-        self._last_problem = ""
-        self._reloading = asyncio.Lock()
+        self.reloads = Reloads(self, journal=journal)
         self.ruleset = Ruleset(
             self.config, self.history, self._wanted, self._wanted_sockets, self.spawn, self._links_changed
         )  # fmt: skip
@@ -129,16 +129,21 @@ class Supervisor:
         loop.set_default_executor(self._helpers)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self.spawn(self._reload_by_signal()))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.spawn(self.reloads.by_signal()))
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack)
-            self._notifier.ready(self._summary())
-            log.info("serving: %s", self._summary())
+            self.notifier.ready(self.summary())
+            log.info("serving: %s", self.summary())
             await self._serve()
             self.watch.bus.publish("stopping", how=self._stop_words())
-            self._notifier.stopping()
+            self.notifier.stopping()
             log.info("stopping: %s", self._stop_words())
         return 0
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody has asked for the end."""
+        return self._stop.is_set()
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Everything up, in order; ``stack`` undoes it in the opposite order, also when a later step fails."""
@@ -153,15 +158,15 @@ class Supervisor:
         self.table = SharedTable.open(config.run_dir / "table", boot)
         stack.callback(self.table.close)
         self.book = LeaseBook.open(config.state_dir, self.table, machine_identity())
-        for problem in self._state_notices():
+        self.reservations = Reservations(self.table, self.book)
+        for problem in self.reservations.notices():
             log.warning("state: %s", problem)
         self.authority = Authority(
             self.table, self.book, rekey_grace=config.daemon.rekey_grace, peer_limit=2 * config.metrics.peer_limit
         )
-        self.authority.become(self.content.sad, self.content.spd, config.sysctl)
+        take_over(self.authority, self.content.sad, self.content.spd, config.sysctl)
         for policy in self._saved_sockets.values():
             self.authority.put_socket(policy)
-        self._from_files = {sa.key for sa in self.content.sad}
         for problem in self.authority.problems.values():
             log.warning("%s", problem)
         self.authority.take()  # workers get the whole state
@@ -178,10 +183,10 @@ class Supervisor:
             {"table": self.table.descriptor, "counters": pages.descriptor, "state": self.book.state.descriptor},
             [lock.descriptor, *self.ruleset.udp.descriptors, *self.ruleset.rings.descriptors],
             self._first_state,
-            self._report,
+            Reports(self).take,
             {} if self.config.offload.compiled else {"IPSECQ_PURE": "1"},
         )
-        stack.callback(self._settle)
+        stack.callback(self.reservations.settle, self.authority.sad)
         self.taps = TapServer(config.tap_socket, self.pool, self.authority.sysctl, self.spawn)
         stack.push_async_callback(self.pool.stop)
         self.pool.start()
@@ -194,9 +199,9 @@ class Supervisor:
                 self.config.offload, workers, udp_problem=self.ruleset.udp.problem,
                 ring_problem=self.ruleset.rings.problem,
             ),
-            notices=self._state_notices,
+            notices=self.reservations.notices,
         )  # fmt: skip
-        self._path_mtu = PathMtu(
+        self.path_mtu = PathMtu(
             mark=self.ruleset.loader.settings.mark_done, floor=lambda: self.authority.sysctl.v4.min_pmtu
         )
         output = RawOutput(self.ruleset.loader.settings.mark_done)
@@ -237,13 +242,6 @@ class Supervisor:
             metrics.start()
         self.ruleset.save_blocked()
 
-    def _state_notices(self) -> list[str]:
-        """What was lost of the state that outlives a daemon."""
-        found = [self.table.problem]
-        if self.book.problem:
-            found.append(f"{self.book.problem}: hand-made keys of counter modes refuse to send until they are reset")
-        return list(filter(None, found))
-
     def _give_up_privileges(self) -> None:
         """What was made is ours; what is to come (netlink, raw sockets of new workers, nft) asks for two capabilities.
 
@@ -253,20 +251,13 @@ class Supervisor:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(thread_name_prefix="helper"))
         privileges.keep_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_NET_RAW])
 
-    def _settle(self) -> None:
-        """No worker lives: write the exact next sequence numbers."""
-        with contextlib.suppress(StateError), self.book.batch():
-            for sa in self.authority.sad:
-                if sa.slot >= 0:
-                    with contextlib.suppress(StateError):
-                        self.book.settle(sa.slot)
-
     def _stop_words(self) -> str:
         if self.config.daemon.on_stop == "remove":
             return "rules removed, traffic passes in clear (on_stop)"
         return "protected traffic stays blocked"
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
+        """What is served, in a line."""
         authority = self.authority
         text = (
             f"{len(authority.sad)} SAs, {len(authority.spd)} policies, {self.config.workers} workers, "
@@ -279,14 +270,14 @@ class Supervisor:
     # -- serving -----------------------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        while not self._stop.is_set():
+        while not self.stopping:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop.wait(), TICK)
             if self.pool.check():
-                self._notifier.feed()
+                self.notifier.feed()
             part = self.authority.sweep()
-            self._top_up(part)
-            self._expire(part)
+            self.reservations.top_up(part)
+            self.expire(part)
             self._expire_rest()
             self.keys.tick()
             self.nat.keep_alive(time.time())
@@ -301,25 +292,7 @@ class Supervisor:
         except (IpsecqError, OSError) as error:
             log.error("policies of sockets: %s", error)
 
-    def _top_up(self, sas: Iterable[SecurityAssociation]) -> None:
-        """Reserve ahead for these SAs, with one wait for the disk: after a start it is all of them."""
-        with self._state_problems(), self.book.batch():
-            for sa in sas:
-                if sa.slot >= 0:
-                    with self._state_problems():  # one that fails leaves the others alone
-                        self.book.top_up(sa.slot)
-
-    @contextlib.contextmanager
-    def _state_problems(self) -> Iterator[None]:
-        """Say what the state file refuses, once."""
-        try:
-            yield
-        except (StateError, OSError) as error:
-            if str(error) != self._last_problem:
-                log.error("state: %s", error)
-                self._last_problem = str(error)
-
-    def _expire(self, sas: Iterable[SecurityAssociation]) -> None:
+    def expire(self, sas: Iterable[SecurityAssociation]) -> None:
         """Lifetimes of these SAs."""
         expired = self.authority.expire(time.time(), sas)
         for sa, hard in expired:
@@ -375,58 +348,6 @@ class Supervisor:
                 await self.ruleset.update(sockets_only=not self._rules_due)
                 self._rules_due = self._sockets_due = False
 
-    async def reload(self) -> str:
-        """Read the files again and take all of it over, or nothing.  ConfigError says why not.
-
-        One at a time: a second one waits, and reads what the files say then.
-        """
-        async with self._reloading:
-            return await self._reload()
-
-    async def _reload(self) -> str:
-        self.history.reloads += 1
-        undo = Undo()
-        try:
-            content = await files.read_aside(self.config.path)
-            if self._stop.is_set():
-                raise DaemonError("the daemon is stopping")
-            files.check_reload(self.config, content.config)
-            await asyncio.to_thread(self.ruleset.loader.check_inner, content.spd.dump(), content.sysctl)
-            try:
-                # A variable that the file no longer names has its default again; one that it never named stays as set.
-                default = Sysctl()
-                knobs = {name: default.get(name) for name in self.config.sysctl} | content.config.sysctl
-                self.authority.become(content.sad, content.spd, knobs, was=self._from_files, undo=undo)
-                await self.publish()
-                await self.ruleset.reload_inner()
-                await self.interfaces.change(content.config.interfaces, self.pool, self.ruleset.set_interfaces)
-            except IpsecqError:
-                # A full disk, a table without room, an nft that refuses: back to what was in force.
-                with self.book.batch():
-                    self.authority.revert(undo)
-                await self.publish()
-                raise
-        except IpsecqError as error:
-            self.history.reload_failures += 1
-            self.history.reload_success, self.history.reload_error = False, str(error)
-            raise
-        finally:
-            self.history.reloads_done += 1
-        self.content, self.config = content, content.config
-        self._from_files = {sa.key for sa in content.sad}
-        self.ruleset.save_blocked()
-        configure(content.config.log, journal=self._journal)
-        self.history.reload_success, self.history.reload_time, self.history.reload_error = True, time.time(), ""
-        return self._summary()
-
-    async def _reload_by_signal(self) -> None:
-        self._notifier.reloading()
-        try:
-            log.info("reloaded: %s", await self.reload())
-        except IpsecqError as error:
-            log.error("reload refused, everything stays as it was: %s", error)
-        self._notifier.ready(self._summary())
-
     # -- workers -----------------------------------------------------------------------------------------------------
 
     def _queues(self, index: int) -> tuple[int, ...]:
@@ -448,35 +369,6 @@ class Supervisor:
         )  # fmt: skip
         return [("setup", setup), *self.authority.whole_state(), self.interfaces.operation(), *self.taps.operations()]
 
-    def _report(self, worker: WorkerHandle, report: dict[str, Any]) -> None:
-        """What a worker says.  It reads hostile packets, so nothing in it is taken on trust."""
-        try:
-            kind = report["kind"]
-            if kind == "path_mtu":
-                dst, mtu = bytes.fromhex(report["dst"]), int(report["mtu"])
-                mtu = max(mtu, floor(dst, self.authority.sysctl))
-                self.pool.broadcast([("path_mtu", dst, mtu)], but=worker.index)
-                self._path_mtu.learn(dst, mtu, time.time())
-            elif kind == "acquire":
-                wanted = (
-                    int(report["policy"]), int(report["protocol"]), int(report["mode"]),
-                    bytes.fromhex(report["src"]), bytes.fromhex(report["dst"]), int(report["reqid"]),
-                )  # fmt: skip
-                if self.keys.acquire(*wanted):
-                    self.watch.acquire(*wanted)
-            elif kind == "expired":
-                key = _reported_key(report)
-                if key in self.authority.sad:
-                    self._expire([self.authority.sad.get(*key)])
-            elif kind == "moved":
-                key, address, port = _reported_key(report), bytes.fromhex(report["src"]), int(report["sport"])
-                if self.keys.moved(key, address, port):
-                    self.watch.moved(key, address, port)
-                if self.nat.follow(key, address, port):
-                    self.spawn(self.publish())
-        except (KeyError, TypeError, ValueError, OverflowError):
-            log.warning("worker %d said something that makes no sense; ignored", worker.index)
-
     def tables(self) -> Tables:
         """What workers decide by, to explain it; never to send with."""
         authority = self.authority
@@ -488,9 +380,5 @@ class Supervisor:
 
     def mtu_of(self, dst: bytes) -> int:
         """The path MTU that workers know."""
-        self._path_mtu.advance(time.time())
-        return self._path_mtu.mtu_of(dst)
-
-
-def _reported_key(report: dict[str, Any]) -> SaKey:
-    return SaKey(bytes.fromhex(report["dst"]), int(report["protocol"]), int(report["spi"]))
+        self.path_mtu.advance(time.time())
+        return self.path_mtu.mtu_of(dst)

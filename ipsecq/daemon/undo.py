@@ -14,7 +14,7 @@ from ipsecq.sa.association import SaKey, SecurityAssociation
 
 @dataclass(slots=True)
 class Undo:
-    """Filled by :meth:`ipsecq.daemon.authority.Authority.become` as it goes, taken back by ``revert``."""
+    """Filled by :func:`ipsecq.daemon.takeover.take_over` as it goes, taken back by ``take_back``."""
 
     sas: dict[SaKey, tuple[SecurityAssociation | None, SecurityAssociation | None]] = field(default_factory=dict)
     """What was there, and what is there now in its place (None: nothing)."""

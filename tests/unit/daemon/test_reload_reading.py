@@ -7,17 +7,15 @@ from types import SimpleNamespace
 import pytest
 
 from ipsecq.daemon import content
+from ipsecq.daemon.reload import Reloads
 from ipsecq.daemon.sampling import History
-from ipsecq.daemon.supervisor import Supervisor
 from ipsecq.errors import ConfigError
 
 
 @pytest.fixture
 def supervisor():
     """As much of one as a reload needs whose files have a mistake."""
-    made = Supervisor.__new__(Supervisor)
-    made.history, made.config, made._reloading = History(), SimpleNamespace(path="x"), asyncio.Lock()
-    return made
+    return SimpleNamespace(history=History(), config=SimpleNamespace(path="x"))
 
 
 def test_while_a_reload_reads_the_loop_turns_and_a_second_reload_waits(supervisor, monkeypatch):
@@ -33,7 +31,8 @@ def test_while_a_reload_reads_the_loop_turns_and_a_second_reload_waits(superviso
     monkeypatch.setattr(content, "read", read)
 
     async def main():
-        first, second = (asyncio.ensure_future(supervisor.reload()) for _ in range(2))
+        reloads = Reloads(supervisor, journal=False)
+        first, second = (asyncio.ensure_future(reloads.reload()) for _ in range(2))
         for number in (1, 2):
             while not begun.acquire(blocking=False):
                 await asyncio.sleep(0.01)

@@ -5,6 +5,7 @@ import pytest
 from ipsecq.daemon.authority import Authority
 from ipsecq.daemon.leases import LeaseBook
 from ipsecq.daemon.table import SharedTable
+from ipsecq.daemon.takeover import take_over
 from ipsecq.daemon.tunnels import Tunnels
 from ipsecq.numbers import SaState
 from ipsecq.policy.spd import Spd
@@ -34,7 +35,7 @@ def authority(tmp_path):
 
 def load(authority, text):
     applied = apply(parse(text, "t"), Sad(), Spd(), now=1e9)
-    authority.become(applied.sad, applied.spd, {})
+    take_over(authority, applied.sad, applied.spd, {})
 
 
 def look(tunnels, authority):
