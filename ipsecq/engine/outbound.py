@@ -1,8 +1,8 @@
 """A packet's way out: SPD, SA bundle, size, transforms.
 
 :meth:`Outbound.process` is called for each packet that nftables diverts at POSTROUTING.  In the order in which a packet
-meets them: header checks, the flow cache, on a miss the SPD and the SAD (:meth:`Outbound._decide`), the path MTU, the
-transforms innermost first, fragmentation of what is then too long.
+meets them: header checks, the flow cache, on a miss the SPD and the SAD (:meth:`Outbound._decide`), the path MTU (what
+would be too long goes to :mod:`ipsecq.engine.oversize`), the transforms innermost first.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from ipsecq.engine.bundle import Bundle, PaddedBundle
 from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.emit import Acquire, Burst, Emissions
 from ipsecq.engine.outbound_sa import OutboundStep, make_step
+from ipsecq.engine.oversize import Oversize, SourceFor
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.engine.tap import Tap
-from ipsecq.numbers import IPPROTO_TCP, IPV4_LEAST_MTU, IPV6_MIN_MTU, Action, Direction, Level, Mode, Protocol
-from ipsecq.packet import icmp
+from ipsecq.numbers import IPPROTO_TCP, Action, Direction, Level, Mode, Protocol
 from ipsecq.packet.buffer import Buffer
-from ipsecq.packet.fragments import fragment
 from ipsecq.packet.view import PacketView
 from ipsecq.policy.interface import Interface
 from ipsecq.policy.levels import resolve_level
@@ -34,17 +33,7 @@ MAX_FLOWS: Final = 65536
 MAX_ACQUIRES: Final = 4096
 """Pairs whose last ACQUIRE is remembered for rate limiting."""
 
-TELL_SECONDS: Final = 1.0
-"""Between two ICMPv6 "packet too big" to one TCP sender about one destination."""
-
-TELL_AGAIN_SECONDS: Final = 60.0
-"""The same to a sender that perhaps sends fragments that fit: a connected socket hears of each error as EMSGSIZE."""
-
-MAX_TOLD: Final = 4096
-"""Pairs of addresses whose last "packet too big" is remembered."""
-
 _OUT: Final = int(Direction.OUT)
-_MAX_PACKET: Final = 65535
 
 _PASS: Final = int(Fate.PASS)
 _DONE: Final = int(Fate.DONE)
@@ -71,9 +60,6 @@ Of segments that drop it hears once, with their super-packet."""
 Flow = tuple[bytes, bytes, int, int, int, bool, int]
 """Addresses, protocol, ports, whether it is a fragment, mark of the socket's policy."""
 
-SourceFor = Callable[[bytes], bytes]
-"""``source_for(dst) -> address``: our own address towards ``dst``, the source of the ICMP errors that we send."""
-
 
 class Outbound:
     """One worker's outbound side.  ``mtu_of`` and ``source_for`` are the only questions to the world outside."""
@@ -81,11 +67,9 @@ class Outbound:
     def __init__(self, tables: Tables, mtu_of: MtuOf, source_for: SourceFor) -> None:
         self._tables = tables
         self._mtu_of = mtu_of
-        self._source_for = source_for
         self._counters = tables.counters
         self._pool = Pool(tables.random)
         self._view = PacketView()
-        self._piece = PacketView()
         self._flows: dict[Flow, Bundle | int] = {}
         self._interface: Interface | None = None
         self._caches: dict[Interface | None, dict[Flow, Bundle | int]] = {None: self._flows}
@@ -94,8 +78,7 @@ class Outbound:
         """The newest one with this innermost step."""
         self._generation = tables.generation()
         self._acquired: dict[Acquire, tuple[float, int]] = {}
-        self._told: dict[tuple[bytes, bytes], tuple[int, float]] = {}
-        self._identification = int.from_bytes(tables.random(4), "big")
+        self._oversize = Oversize(tables, source_for)
         self._tap: Tap | None = None
         self._shown: dict[OutboundStep, OutboundStep] = {}
         """Steps and what watches them: one for all flows."""
@@ -334,7 +317,7 @@ class Outbound:
         header = view.header_length
         length = bundle.sealed_length(view.length, header)
         if length > mtu:
-            return self._send_long(bundle, packet, view, now, emit, mtu, length)
+            return self._oversize.send(bundle, packet, view, now, emit, mtu, length)
         if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
             return Counter.IP_FRAGMENT  # RFC 4303 section 3.1.1: transport mode takes whole datagrams only
         result = bundle.apply(packet, view, now, emit)
@@ -342,83 +325,3 @@ class Outbound:
             return result
         emit.wire.append(result)
         return _DONE
-
-    def _send_long(
-        self, bundle: Bundle, packet: Buffer, view: PacketView, now: float, emit: Emissions, mtu: int, length: int
-    ) -> int:
-        """A packet that would leave longer than ``mtu``: an ICMP error, or fragments, or both.
-
-        An IPv4 sender that forbids fragmentation (DF) is told the tunnel's MTU and the packet is dropped.  An IPv6 sender
-        is told, too, now and then, but its packet goes on: connection tracking may have put it together out of
-        fragments that did fit, and nothing tells the two apart.  Such a packet is taken apart again before it enters the
-        tunnel, since no router behind it may; TCP, which nobody fragments, is not.  Else the finished datagram is
-        fragmented; or, where its header must have DF (``dfbit`` 1) or it would exceed IP's limit, the packet is, before.
-        """
-        header = view.header_length
-        room = bundle.largest(mtu, header)
-        if view.version == 4 and view.dont_fragment:
-            self._tell_mtu(packet, view, max(room, IPV4_LEAST_MTU), emit)
-            return Counter.IP_TOOBIG
-        if view.version == 6 and view.length > IPV6_MIN_MTU:
-            room6 = max(room, IPV6_MIN_MTU)
-            if self._may_tell(view, room6, now):
-                self._tell_mtu(packet, view, room6, emit)
-        if view.fragment_word & 0x3FFF and not bundle.first.tunnel:
-            return Counter.IP_FRAGMENT
-        knobs = self._tables.sysctl.v4
-        df = knobs.dfbit == 1 and len(bundle.dst) == 4 and bundle.tunnels
-        joined = view.version == 6 and view.protocol != IPPROTO_TCP and view.length > IPV6_MIN_MTU
-        before = length > _MAX_PACKET or df or joined
-        self._identification += 1
-        if before and bundle.first.tunnel and (joined or view.version == 4):
-            identification = self._identification if joined else view.identification
-            # IPv6 links carry 1280 octets, whatever the tunnel has to do for it.
-            size = max(room, IPV6_MIN_MTU) if joined and not df else room
-            pieces = fragment(memoryview(packet)[: view.length], size, identification)
-            self._counters[Counter.OUT_FRAGMENTED] += 1
-            for piece in pieces:
-                self._piece.load(piece)
-                result = bundle.apply(piece, self._piece, now, emit)
-                if isinstance(result, int):
-                    return result
-                if len(result) <= mtu:
-                    emit.wire.append(result)
-                else:
-                    emit.wire.extend(self._cut(result, mtu))
-            return _DONE if pieces else Counter.IP_TOOBIG
-        if length > _MAX_PACKET or df:
-            return Counter.IP_TOOBIG
-        result = bundle.apply(packet, view, now, emit)
-        if isinstance(result, int):
-            return result
-        if len(result) <= mtu:  # compressed, and that was enough
-            emit.wire.append(result)
-            return _DONE
-        self._counters[Counter.OUT_FRAGMENTED] += 1
-        emit.wire.extend(self._cut(result, mtu))
-        return _DONE
-
-    def _cut(self, datagram: bytes, mtu: int) -> list[bytes]:
-        """Fragments of a finished datagram.  In IPv4 they keep its identification: AH covers that."""
-        own = datagram[0] >> 4 == 4
-        identification = int.from_bytes(datagram[4:6], "big") if own else self._identification & 0xFFFFFFFF
-        return fragment(datagram, mtu, identification)
-
-    def _tell_mtu(self, packet: Buffer, view: PacketView, mtu: int, emit: Emissions) -> None:
-        """Send the sender an ICMP "fragmentation needed" or ICMPv6 "packet too big"."""
-        error = icmp.too_big(memoryview(packet)[: view.length], mtu, self._source_for(view.src))
-        if error:
-            self._counters[Counter.OUT_TOOBIG_SENT] += 1
-            emit.wire.append(error)
-
-    def _may_tell(self, view: PacketView, mtu: int, now: float) -> bool:
-        """True for a pair of addresses when the MTU has changed, or what was told is forgotten or was not heard."""
-        pair = (view.src, view.dst)
-        pause = TELL_SECONDS if view.protocol == IPPROTO_TCP else TELL_AGAIN_SECONDS
-        told, then = self._told.get(pair, (0, 0.0))
-        if told == mtu and now - then < pause:
-            return False
-        if len(self._told) >= MAX_TOLD:
-            self._told.clear()
-        self._told[pair] = mtu, now
-        return True

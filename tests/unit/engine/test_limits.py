@@ -11,6 +11,7 @@ from ipsecq.counters import Counter, Fate
 from ipsecq.crypto import cipher
 from ipsecq.engine import inbound as inbound_module
 from ipsecq.engine import outbound as outbound_module
+from ipsecq.engine import oversize
 from ipsecq.engine.emit import Acquire
 from ipsecq.engine.inbound import Inbound
 from ipsecq.numbers import Mode, Protocol
@@ -52,7 +53,7 @@ def test_acquires_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_is_told_about_packets_too_big_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbound_module, "MAX_TOLD", 50)
+    monkeypatch.setattr(oversize, "MAX_TOLD", 50)
     sas = [SecurityAssociation(
         Protocol.ESP, 0x1000, bytes([32, 1, 13, 184, *bytes(11), 1]), bytes([32, 1, 13, 184, *bytes(11), 2]), Mode.TUNNEL,
         encryption="aes-gcm-16", encryption_key=Key(bytes(20)),
@@ -60,7 +61,7 @@ def test_what_is_told_about_packets_too_big_is_bounded(monkeypatch: pytest.Monke
     peer = make_peer(sas, [policy("out", "fd00:1::/64", "::/0", "ipsec esp/tunnel/2001:db8::1-2001:db8::2/require")])
     for number in range(200):
         peer.send(udp("fd00:1::2", f"fd00:2::{number:x}", bytes(1450)))
-        assert len(peer.outbound._told) <= 50
+        assert len(peer.outbound._oversize._told) <= 50
     assert peer.count(Counter.OUT_TOOBIG_SENT) == 200
 
 
