@@ -29,7 +29,7 @@ from ipsecq.engine.emit import Burst
 from ipsecq.engine.inbound import Inbound
 from ipsecq.engine.inbound_sa import EspReady, InboundSa
 from ipsecq.engine.outbound import Outbound
-from ipsecq.engine.outbound_sa import EspStep
+from ipsecq.engine.outbound_esp import EspStep
 from ipsecq.engine.tables import Tables
 from ipsecq.numbers import IPPROTO_ICMP, IPPROTO_ICMPV6, IPPROTO_TCP, IPPROTO_UDP, Mode, Protocol
 from ipsecq.packet.view import PacketView

@@ -7,7 +7,7 @@ from typing import Final
 
 from ipsecq.counters import Counter
 from ipsecq.engine.emit import Burst, Emissions
-from ipsecq.engine.outbound_sa import OutboundStep
+from ipsecq.engine.outbound_step import OutboundStep
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView

@@ -13,7 +13,8 @@ from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.history import with_ends
 from ipsecq.engine.outbound import MtuOf
-from ipsecq.engine.outbound_sa import OutboundStep, make_step
+from ipsecq.engine.outbound_sa import make_step
+from ipsecq.engine.outbound_step import OutboundStep
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.numbers import IPPROTO_ANY, Action, Direction, Level, Mode, Protocol
 from ipsecq.policy.levels import enforced_inbound, resolve_level

@@ -14,7 +14,8 @@ from ipsecq.counters import FIRST_DROP, Counter, Fate
 from ipsecq.engine.bundle import Bundle, PaddedBundle
 from ipsecq.engine.choice import flow_number, share, sharers
 from ipsecq.engine.emit import Acquire, Burst, Emissions
-from ipsecq.engine.outbound_sa import OutboundStep, make_step
+from ipsecq.engine.outbound_sa import make_step
+from ipsecq.engine.outbound_step import OutboundStep
 from ipsecq.engine.oversize import Oversize, SourceFor
 from ipsecq.engine.tables import Pool, Tables
 from ipsecq.engine.tap import Tap

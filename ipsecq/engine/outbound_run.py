@@ -10,7 +10,7 @@ from ipsecq.counters import Counter
 from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.outbound import Outbound
-from ipsecq.engine.outbound_sa import EspStep
+from ipsecq.engine.outbound_esp import EspStep
 from ipsecq.numbers import IPPROTO_TCP, IPPROTO_UDP
 from ipsecq.packet.buffer import Buffer
 

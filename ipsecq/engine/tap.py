@@ -15,7 +15,7 @@ from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.headers import opened_header
 from ipsecq.engine.history import History
 from ipsecq.engine.inbound_sa import InboundSa, Opened
-from ipsecq.engine.outbound_sa import OutboundStep
+from ipsecq.engine.outbound_step import OutboundStep
 from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4, ipv6
