@@ -19,8 +19,9 @@ from ipsecq.lab.gateway import Gateway
 from ipsecq.lab.netns import Lab
 from ipsecq.pfkey.client import PfkeyClient
 from ipsecq.pfkey.constants import MessageType
-from ipsecq.pfkey.extensions import Address, KeyExt, Sa, Sa2
+from ipsecq.pfkey.extensions import Address, KeyExt, Sa
 from ipsecq.pfkey.messages import Message, build
+from ipsecq.pfkey.xextensions import Sa2
 from ipsecq.secret import Key
 
 _AES_GCM_16: Final = 20

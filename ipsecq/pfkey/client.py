@@ -14,8 +14,8 @@ from typing import Final, Self
 from ipsecq.errors import DaemonError
 from ipsecq.pfkey.constants import AF_KEY, PF_KEY_V2, Dialect, MessageType
 from ipsecq.pfkey.errors import PfkeyError
-from ipsecq.pfkey.extensions import Filter
 from ipsecq.pfkey.messages import Message, build, parse
+from ipsecq.pfkey.xextensions import Filter
 
 _RECEIVE: Final = 65536 * 8
 _CLOSED: Final = "the daemon closed the PF_KEY socket: it has stopped, or does not serve this user (see its log)"

@@ -1,15 +1,15 @@
-"""The extensions of PF_KEYv2 as typed values: each packs its body, and unpacks it with every check.
+"""The extensions of RFC 2367 as typed values: each packs its body, and unpacks it with every check.
 
 A *body* is what follows the four octets of length and type.  Integers are in the machine's order but for SPIs and
 ports, which are in network order on the wire and in host order here.  Sources: RFC 2367 section 2.3,
-``<linux/pfkeyv2.h>``, FreeBSD's ``<net/pfkeyv2.h>``.
+``<linux/pfkeyv2.h>``, FreeBSD's ``<net/pfkeyv2.h>``.  What these two add: :mod:`ipsecq.pfkey.xextensions`.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 from ipsecq.pfkey import sockaddr
 from ipsecq.pfkey.constants import Dialect, aligned
@@ -30,7 +30,8 @@ class Extension(Protocol):
         ...
 
 
-def _need(body: memoryview, length: int, name: str) -> None:
+def need(body: memoryview, length: int, name: str) -> None:
+    """PfkeyError (EINVAL) for a body that is shorter than ``length`` octets."""
     if len(body) < length:
         raise PfkeyError(f"{name} of {len(body) + 4} octets: {length + 4} are needed")
 
@@ -55,7 +56,7 @@ class Sa:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, cls.LAYOUT.size, "sadb_sa")
+        need(body, cls.LAYOUT.size, "sadb_sa")
         spi, *rest = cls.LAYOUT.unpack_from(body)
         return cls(int.from_bytes(spi, "big"), *rest)
 
@@ -79,7 +80,7 @@ class LifetimeExt:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, cls.LAYOUT.size, "sadb_lifetime")
+        need(body, cls.LAYOUT.size, "sadb_lifetime")
         return cls(*cls.LAYOUT.unpack_from(body))
 
 
@@ -97,7 +98,7 @@ class Address:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4 + 16, "sadb_address")
+        need(body, 4 + 16, "sadb_address")
         address, port, length = sockaddr.parse(body[4:], dialect)
         if len(body) != aligned(8 + length) - 4:
             raise PfkeyError(f"sadb_address of {len(body) + 4} octets: its family needs {aligned(8 + length)}")
@@ -117,11 +118,11 @@ class KeyExt:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_key")
+        need(body, 4, "sadb_key")
         bits = struct.unpack_from("=H", body)[0]
         if bits % 8:
             raise PfkeyError(f"a key of {bits} bits: whole octets are needed")
-        _need(body, 4 + bits // 8, "sadb_key")
+        need(body, 4 + bits // 8, "sadb_key")
         return cls(Key(bytes(body[4 : 4 + bits // 8])))
 
 
@@ -138,7 +139,7 @@ class Identity:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 12, "sadb_ident")
+        need(body, 12, "sadb_ident")
         kind, _, number = struct.unpack_from("=HHQ", body)
         name = bytes(body[12:])
         if name and b"\0" not in name:
@@ -163,10 +164,10 @@ class Sensitivity:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 12, "sadb_sens")
+        need(body, 12, "sadb_sens")
         dpd, level, words, integrity_level, integrity_words, _ = struct.unpack_from("=I4BI", body)
         end = 12 + words * 8
-        _need(body, end + integrity_words * 8, "sadb_sens")
+        need(body, end + integrity_words * 8, "sadb_sens")
         return cls(dpd, level, integrity_level, bytes(body[12:end]), bytes(body[end : end + integrity_words * 8]))
 
 
@@ -216,7 +217,7 @@ class Proposal:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_prop")
+        need(body, 4, "sadb_prop")
         size = Combination.LAYOUT.size
         if (len(body) - 4) % size:
             raise PfkeyError(f"a proposal of {len(body) + 4} octets: not a whole number of combinations")
@@ -247,7 +248,7 @@ class Supported:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_supported")
+        need(body, 4, "sadb_supported")
         layout = Algorithm.LAYOUT
         return cls([Algorithm(*layout.unpack_from(body, at)[:4]) for at in range(4, len(body) - 7, 8)])
 
@@ -264,161 +265,5 @@ class SpiRange:
 
     @classmethod
     def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 12, "sadb_spirange")
+        need(body, 12, "sadb_spirange")
         return cls(*struct.unpack_from("=II", body))
-
-
-@dataclass(slots=True)
-class Sa2:
-    """``struct sadb_x_sa2``: mode, reqid, and the low 32 bits of the sequence number."""
-
-    mode: int = 0
-    reqid: int = 0
-    sequence: int = 0
-
-    LAYOUT: ClassVar = struct.Struct("=BBHII")
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return self.LAYOUT.pack(self.mode, 0, 0, self.sequence & 0xFFFFFFFF, self.reqid)
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, cls.LAYOUT.size, "sadb_x_sa2")
-        mode, _, _, sequence, reqid = cls.LAYOUT.unpack_from(body)
-        return cls(mode, reqid, sequence)
-
-
-@dataclass(slots=True)
-class Number:
-    """An extension that is one 32-bit number in host order: KMPRIVATE's word, FreeBSD's SA_REPLAY (packets)."""
-
-    value: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return struct.pack("=I", self.value)
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "the extension")
-        return cls(struct.unpack_from("=I", body)[0])
-
-
-@dataclass(slots=True)
-class NatType:
-    """``struct sadb_x_nat_t_type``: 2 is RFC 3948, 0 none."""
-
-    type: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return bytes((self.type, 0, 0, 0))
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_x_nat_t_type")
-        return cls(body[0])
-
-
-@dataclass(slots=True)
-class NatPort:
-    """``struct sadb_x_nat_t_port``: host order here, network order on the wire."""
-
-    port: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return struct.pack("!HH", self.port, 0)
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_x_nat_t_port")
-        return cls(struct.unpack_from("!H", body)[0])
-
-
-@dataclass(slots=True)
-class NatFragment:
-    """``struct sadb_x_nat_t_frag`` of FreeBSD: an MTU override, in octets and host order."""
-
-    length: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return struct.pack("=HH", self.length, 0)
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_x_nat_t_frag")
-        return cls(struct.unpack_from("=H", body)[0])
-
-
-@dataclass(slots=True)
-class SecurityContext:
-    """``struct sadb_x_sec_ctx`` of Linux: checked and carried; ipsecq has no security modules to ask."""
-
-    alg: int = 0
-    doi: int = 0
-    context: bytes = b""
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return struct.pack("=BBH", self.alg, self.doi, len(self.context)) + self.context
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_x_sec_ctx")
-        alg, doi, length = struct.unpack_from("=BBH", body)
-        if len(body) + 4 != aligned(8 + length):
-            raise PfkeyError(f"a security context of {length} octets in {len(body) + 4}")
-        return cls(alg, doi, bytes(body[4 : 4 + length]))
-
-
-@dataclass(slots=True)
-class KmAddress:
-    """``struct sadb_x_kmaddress`` of Linux: where key management talks from and to (SADB_X_MIGRATE)."""
-
-    local: bytes
-    remote: bytes
-    reserved: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        pair = sockaddr.build(self.local, 0, dialect) + sockaddr.build(self.remote, 0, dialect)
-        return struct.pack("=I", self.reserved) + pair
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 4, "sadb_x_kmaddress")
-        local, remote = sockaddr.parse_pair(body[4:], dialect)
-        return cls(local, remote, struct.unpack_from("=I", body)[0])
-
-
-AF_OF: Final = {4: 2, 16: 10}
-
-
-@dataclass(slots=True)
-class Filter:
-    """``struct sadb_x_filter`` of Linux: which SAs a dump means; addresses have 16 octets, IPv4 uses the first four."""
-
-    src: bytes
-    dst: bytes
-    family: int = 0
-    src_prefix: int = 0
-    dst_prefix: int = 0
-
-    def pack(self, dialect: Dialect) -> bytes:  # noqa: D102
-        return struct.pack("=16s16sHBB", self.src, self.dst, self.family, self.src_prefix, self.dst_prefix)
-
-    @classmethod
-    def unpack(cls, body: memoryview, dialect: Dialect) -> Self:  # noqa: D102
-        _need(body, 36, "sadb_x_filter")
-        value = cls(*struct.unpack_from("=16s16sHBB", body))
-        if max(value.src_prefix, value.dst_prefix) > 128:
-            raise PfkeyError(f"filter prefixes {value.src_prefix}, {value.dst_prefix}: at most 128")
-        return value
-
-    def matches(self, src: bytes, dst: bytes) -> bool:
-        """Is an SA between these packed addresses meant?"""
-        if self.family and self.family != AF_OF[len(src)]:
-            return False
-        return _same_prefix(self.src, src, self.src_prefix) and _same_prefix(self.dst, dst, self.dst_prefix)
-
-
-def _same_prefix(one: bytes, other: bytes, bits: int) -> bool:
-    bits = min(bits, len(other) * 8)
-    shift = len(other) * 8 - bits
-    return int.from_bytes(one[: len(other)], "big") >> shift == int.from_bytes(other, "big") >> shift

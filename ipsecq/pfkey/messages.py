@@ -25,24 +25,26 @@ from ipsecq.pfkey.errors import PfkeyError
 from ipsecq.pfkey.extensions import (
     Address,
     Extension,
-    Filter,
     Identity,
     KeyExt,
-    KmAddress,
     LifetimeExt,
-    NatFragment,
-    NatPort,
-    NatType,
-    Number,
     Proposal,
     Sa,
-    Sa2,
-    SecurityContext,
     Sensitivity,
     SpiRange,
     Supported,
 )
 from ipsecq.pfkey.policyext import PolicyExt
+from ipsecq.pfkey.xextensions import (
+    Filter,
+    KmAddress,
+    NatFragment,
+    NatPort,
+    NatType,
+    Number,
+    Sa2,
+    SecurityContext,
+)
 
 _HEADER: Final = struct.Struct("=BBBBHHII")
 _EXTENSION: Final = struct.Struct("=HH")

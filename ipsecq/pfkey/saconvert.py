@@ -20,8 +20,9 @@ from ipsecq.pfkey.constants import (
 )
 from ipsecq.pfkey.database import Usage
 from ipsecq.pfkey.errors import PfkeyError
-from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, NatPort, NatType, Number, Sa, Sa2
+from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa
 from ipsecq.pfkey.messages import Message
+from ipsecq.pfkey.xextensions import NatPort, NatType, Number, Sa2
 from ipsecq.sa.association import Lifetime, NatTraversal, SaKey, SecurityAssociation
 from ipsecq.secret import NO_KEY
 

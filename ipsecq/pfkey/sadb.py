@@ -17,9 +17,10 @@ from ipsecq.pfkey.acquire import Acquires
 from ipsecq.pfkey.constants import CPI_MAX, SPI_MIN, Dialect, MessageType
 from ipsecq.pfkey.database import SecurityDatabase, Usage
 from ipsecq.pfkey.errors import PfkeyError
-from ipsecq.pfkey.extensions import NatPort, Sa
+from ipsecq.pfkey.extensions import Sa
 from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
+from ipsecq.pfkey.xextensions import NatPort
 from ipsecq.sa.association import Lifetime, SaKey, SecurityAssociation
 from ipsecq.sysctl import KeyKnobs
 

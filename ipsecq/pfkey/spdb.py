@@ -13,11 +13,11 @@ from ipsecq.pfkey.acquire import Acquires
 from ipsecq.pfkey.constants import DIR_FWD, Dialect, MessageType
 from ipsecq.pfkey.database import SecurityDatabase
 from ipsecq.pfkey.errors import PfkeyError
-from ipsecq.pfkey.extensions import Sa2
 from ipsecq.pfkey.forward import SHADOW_ID, ForwardPolicies
 from ipsecq.pfkey.hub import Client, Hub, Maker
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt
+from ipsecq.pfkey.xextensions import Sa2
 from ipsecq.policy.model import Policy, Selector, Transform
 from ipsecq.policy.setpolicy import priority_to_wire
 

@@ -15,11 +15,12 @@ import pytest
 
 from ipsecq.pfkey import messages
 from ipsecq.pfkey.constants import MessageType
-from ipsecq.pfkey.extensions import Address, Filter, KeyExt, LifetimeExt, NatPort, NatType, Sa, Sa2, SpiRange
+from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa, SpiRange
 from ipsecq.pfkey.memory import MemoryDatabase
 from ipsecq.pfkey.messages import Message, build
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.server import PfkeyServer
+from ipsecq.pfkey.xextensions import Filter, NatPort, NatType, Sa2
 from ipsecq.secret import Key
 
 T = MessageType

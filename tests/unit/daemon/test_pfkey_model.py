@@ -18,10 +18,11 @@ from ipsecq.daemon.table import SharedTable
 from ipsecq.numbers import Direction, SaState
 from ipsecq.pfkey import messages
 from ipsecq.pfkey.constants import Dialect, MessageType
-from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa, Sa2, SpiRange
+from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa, SpiRange
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.server import PfkeyServer
+from ipsecq.pfkey.xextensions import Sa2
 from ipsecq.policy.setpolicy import priority_from_wire
 from ipsecq.sa.association import SaKey
 from ipsecq.secret import Key

@@ -5,11 +5,12 @@ import pytest
 
 from ipsecq.pfkey import messages
 from ipsecq.pfkey.constants import Dialect, MessageType
-from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa, Sa2
+from ipsecq.pfkey.extensions import Address, KeyExt, LifetimeExt, Sa
 from ipsecq.pfkey.memory import MemoryDatabase
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt, Request
 from ipsecq.pfkey.server import PfkeyServer
+from ipsecq.pfkey.xextensions import Sa2
 from ipsecq.secret import Key
 from ipsecq.sysctl import Sysctl
 

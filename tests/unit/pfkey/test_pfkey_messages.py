@@ -14,25 +14,18 @@ from ipsecq.pfkey.extensions import (
     Address,
     Algorithm,
     Combination,
-    Filter,
     Identity,
     KeyExt,
-    KmAddress,
     LifetimeExt,
-    NatFragment,
-    NatPort,
-    NatType,
-    Number,
     Proposal,
     Sa,
-    Sa2,
-    SecurityContext,
     Sensitivity,
     SpiRange,
     Supported,
-)  # fmt: skip
+)
 from ipsecq.pfkey.messages import Message
 from ipsecq.pfkey.policyext import PolicyExt, Request
+from ipsecq.pfkey.xextensions import Filter, KmAddress, NatFragment, NatPort, NatType, Number, Sa2, SecurityContext
 from ipsecq.secret import Key
 
 u8, u16, u32, u64 = (st.integers(0, 2**bits - 1) for bits in (8, 16, 32, 64))

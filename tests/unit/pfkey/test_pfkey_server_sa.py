@@ -5,8 +5,9 @@ import pytest
 from ipsecq.numbers import Mode, Protocol, SaState
 from ipsecq.pfkey.constants import Dialect, MessageType
 from ipsecq.pfkey.database import Usage
-from ipsecq.pfkey.extensions import Filter, KeyExt, LifetimeExt, NatPort, NatType, Number, Sa, Sa2, SpiRange
+from ipsecq.pfkey.extensions import KeyExt, LifetimeExt, Sa, SpiRange
 from ipsecq.pfkey.messages import Message, build
+from ipsecq.pfkey.xextensions import Filter, NatPort, NatType, Number, Sa2
 from ipsecq.sa.association import SaKey
 from ipsecq.secret import Key
 
