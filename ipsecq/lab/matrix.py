@@ -19,13 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Final
 
 from ipsecq.counters import Counter
 from ipsecq.lab.bare import BareGateway, udp
-from ipsecq.lab.cells import AEAD, IPCOMP, MACS, Cell, Ends, Suite, ah, esp, setkey, xfrm_add
+from ipsecq.lab.cells import IPCOMP, Cell, Ends, setkey, xfrm_add
+from ipsecq.lab.matrix_cells import NOT_RUN, cells
 from ipsecq.lab.netns import Lab, wait_for
 from ipsecq.lab.uml import UmlPeer
 from ipsecq.numbers import IPPROTO_UDP
@@ -41,17 +41,8 @@ PATIENCE: Final = (2.0, 4.0, 10.0)
 busy machine lets the other kernel wait.  Of what IPsec drops, one end or the other keeps count, and that is a failure."""
 LATE_SECONDS: Final = 3.0
 """What was sent twice may be echoed twice, and the next cell doesn't know this one's SAs: quiet for so long ends it."""
-BEFORE_WRAP: Final = (1 << 32) - 8
-"""Where ESN cells start: the high half of the sequence number changes while they run, in both directions."""
 LEAST_UDP6: Final = 40 + 48
 """The kernel (xfrm6_udp_encap_rcv, 6.1) drops ESP in UDP over IPv6 when less than this arrives: 40 is counted twice."""
-
-CHAINS: Final = ("esp", "ah", "ipcomp", "ipcomp+esp", "esp+ah", "ipcomp+esp+ah")
-"""In written order: the first is applied first, and has the cell's mode."""
-SHAPES: Final = (
-    ("transport", 4, 4), ("transport", 6, 6), ("tunnel", 4, 4), ("tunnel", 6, 6), ("tunnel", 4, 6), ("tunnel", 6, 4),
-)  # fmt: skip
-"""Mode, inner and outer IP version."""
 
 _OUR_MAC: Final = bytes((2, 0, 0, 0, 0, 1))
 _PEER_MAC: Final = bytes((2, 0, 0, 0, 0, 2))
@@ -64,54 +55,6 @@ _OPTIONS: Final = {
 }
 _DESTINATION: Final = bytes.fromhex("1100 3e04deadbeef")
 """Destination options: next header UDP, an unknown option to skip whose data may change en route."""
-
-_ESP: Final = (
-    *AEAD,
-    *(esp("aes-cbc", mac) for mac in MACS),
-    *(esp(cipher, mac) for cipher, mac in (
-        ("aes-ctr", "hmac-sha2-256"), ("aes-ctr", "aes-cmac"), ("null", "hmac-sha1"), ("null", "hmac-sha2-512"),
-        ("3des-cbc", "hmac-md5"), ("3des-cbc", "hmac-sha2-384"),
-    )),
-)  # fmt: skip
-_AH: Final = tuple(ah(mac) for mac in MACS)
-
-
-def cells() -> Iterator[Cell]:
-    """All cells.  In bundles with AH, each of its algorithms meets several of ESP's instead of all."""
-    for chain, (mode, inner, outer) in product(CHAINS, SHAPES):
-        protocols = chain.split("+")
-        for number, bundle in enumerate(_bundles(protocols)):
-            for esn, natt in product((False, True), repeat=2):
-                if (esn and chain == "ipcomp") or (natt and ("esp" not in protocols or "ah" in protocols)):
-                    continue
-                # Both ways to fill AH up; the kernel's own only matters over IPv4.
-                align = 8 if "ah" in protocols and outer == 4 and (number + esn) % 2 else 4
-                yield Cell(
-                    bundle, mode, outer, inner, esn, natt=natt, align=align, first=BEFORE_WRAP if esn else 0
-                )  # fmt: skip
-
-
-def _bundles(protocols: Sequence[str]) -> Iterator[tuple[Suite, ...]]:
-    if "esp" not in protocols:
-        yield from ((suite,) for suite in (_AH if protocols == ["ah"] else (IPCOMP,)))
-        return
-    for number, suite in enumerate(_ESP):
-        choice = {"ipcomp": IPCOMP, "esp": suite, "ah": _AH[number % len(_AH)]}
-        yield tuple(choice[protocol] for protocol in protocols)
-
-
-NOT_RUN: Final = {
-    "AH with aes-gmac (RFC 4543)": "the kernel has no AES-GMAC for AH; ipsecq is held to the RFC's own vectors",
-    "NAT-T with AH, alone or around ESP": "AH covers the addresses that a NAT changes: RFC 3948 is for ESP",
-    "NAT-T with IPComp alone": "RFC 3948 encapsulates ESP",
-    "NAT-T over IPv6, datagrams below 88 octets": (
-        "the kernel drops them (it takes the IPv6 header off and then counts it); only UDP of up to 3 octets"
-        " in transport mode is so short"
-    ),
-    "ESN with IPComp alone": "IPComp has no sequence numbers",
-    "transport mode 4in6 and 6in4": "transport mode keeps the packet's own header",
-}
-"""What the matrix leaves out, and why."""
 
 
 @dataclass(frozen=True)

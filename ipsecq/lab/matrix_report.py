@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ipsecq.lab.cells import Cell
-from ipsecq.lab.matrix import CHAINS, NOT_RUN, SHAPES, SIZES, Matrix, Outcome
+from ipsecq.lab.matrix import SIZES, Matrix, Outcome
+from ipsecq.lab.matrix_cells import CHAINS, NOT_RUN, SHAPES
 
 _HEAD = """# Interoperability with the Linux kernel
 

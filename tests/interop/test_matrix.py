@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from ipsecq.crypto import registry
-from ipsecq.lab import matrix
+from ipsecq.lab import matrix, matrix_cells
 from ipsecq.lab.cells import CIPHERS, MACS
 from ipsecq.lab.matrix_report import document
 
-CELLS = list(matrix.cells())
+CELLS = list(matrix_cells.cells())
 
 
 def names(part, cells=CELLS):
@@ -20,8 +20,8 @@ def names(part, cells=CELLS):
 
 def test_the_matrix_holds_every_chain_in_every_shape_and_variant():
     shapes = {(tuple(suite.protocol for suite in cell.suites), cell.mode, cell.inner, cell.outer) for cell in CELLS}
-    chains = [tuple(chain.split("+")) for chain in matrix.CHAINS]
-    assert shapes == {(chain, *shape) for chain, shape in itertools.product(chains, matrix.SHAPES)}
+    chains = [tuple(chain.split("+")) for chain in matrix_cells.CHAINS]
+    assert shapes == {(chain, *shape) for chain, shape in itertools.product(chains, matrix_cells.SHAPES)}
     assert len({cell.name for cell in CELLS}) == len(CELLS)
     for chain, *_ in shapes:
         variants = {(cell.esn, cell.natt) for cell in CELLS if tuple(s.protocol for s in cell.suites) == chain}
@@ -30,7 +30,7 @@ def test_the_matrix_holds_every_chain_in_every_shape_and_variant():
         assert any(natt for _, natt in variants) == ("esp" in chain and "ah" not in chain)
 
 
-@pytest.mark.parametrize("shape", matrix.SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}in{shape[2]}")
+@pytest.mark.parametrize("shape", matrix_cells.SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}in{shape[2]}")
 def test_every_algorithm_that_we_have_is_in_each_shape(shape):
     cells = [cell for cell in CELLS if (cell.mode, cell.inner, cell.outer) == shape]
     assert names("encryption", cells) == set(registry.ENCRYPTION)
