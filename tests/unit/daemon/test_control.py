@@ -59,6 +59,13 @@ def path(tmp_path):
     asyncio.run_coroutine_threadsafe(server.close(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
+    # As asyncio.run does: a client may have come in the last moment.
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left))
+    loop.close()
     assert not place.exists()
 
 

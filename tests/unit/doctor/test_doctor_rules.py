@@ -136,8 +136,8 @@ def test_an_sa_that_refuses_to_send_names_the_way_out():
         "reqid": 0, "state": "mature", "packets": 0, "icv_failures": 0, "replays": 0, "drops": 0, "replay_window": 0,
         "natt": None, "problem": "the state directory was restored from a copy",
     }  # fmt: skip
-    status = {"sas": [sa], "sa_count": 1, "policy_count": 0, "workers": [], "counters": {}, "fail_open": [], "state": [],
-              "reload": {"success": True}}  # fmt: skip
+    status = {"sas": [sa], "sa_count": 1, "policy_count": 0, "workers": [], "counters": {}, "fail_open": [],
+              "state": [], "reload": {"success": True}}  # fmt: skip
     found = [each for each in running.examine(status, [], {}) if each.grade == "fail"]
     assert "ipsecq state reset 0x00001001" in found[0].mend
 
@@ -148,7 +148,7 @@ def test_an_sa_that_refuses_to_send_names_the_way_out():
 )
 def test_advice_is_in_the_words_of_this_programs_syntax_and_names_what_was_refused(counter, says):
     status = {"sas": [], "sa_count": 0, "policy_count": 0, "workers": [], "counters": {counter: 3}, "fail_open": [],
-              "reload": {"success": True}}  # fmt: skip
+              "state": [], "reload": {"success": True}}  # fmt: skip
     (found,) = running.examine(status, [], {})
     assert says in found.message + found.mend
     assert "3 " in found.message
@@ -162,5 +162,5 @@ def test_silence_on_the_nat_t_port_is_looked_for_on_the_port_of_the_sa():
     }  # fmt: skip
     back = {**sa, "src": "192.0.2.2", "dst": "192.0.2.1", "direction": "in", "packets": 0}
     status = {"sas": [sa, back], "sa_count": 2, "policy_count": 0, "workers": [], "counters": {}, "fail_open": [],
-              "reload": {"success": True}}  # fmt: skip
+              "state": [], "reload": {"success": True}}  # fmt: skip
     assert "udp port 4501" in next(each.mend for each in running.examine(status, [], {}) if each.subject == "one way")
