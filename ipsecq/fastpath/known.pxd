@@ -42,6 +42,7 @@ cdef class Flow:
     cdef public double mtu_until
     cdef public Py_ssize_t size
     cdef public double size_until
+    cdef unsigned short identifier
 
 
 cdef class Target:

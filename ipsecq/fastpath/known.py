@@ -87,12 +87,15 @@ class Way:
 
 @cython.cclass
 class Flow:
-    """One flow, what its path carries (octets, until Unix seconds), and how large the segments of its super-packets are."""
+    """One flow, what its path carries (octets, until Unix seconds), and how large the segments of its super-packets are.
+
+    Of ICMP there is the identifier of the echo that it carried last, too: each is a connection of its own.
+    """
 
     def __init__(self, way: Way, mtu, mtu_until):
         """Sizes are not known yet."""
         self.way, self.mtu, self.mtu_until = way, mtu, mtu_until
-        self.size, self.size_until = 0, 0.0
+        self.size, self.size_until, self.identifier = 0, 0.0, 0
 
 
 @cython.cclass

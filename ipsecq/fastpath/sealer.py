@@ -140,7 +140,16 @@ class Sealer:
         put32(key + head.flow, mark)
         put32(key + head.flow + 4, tag)
         flow: Flow = self._find(key, head.flow + 8)
+        # A flow that paused for a second is the engine's again: its connection may have run out meanwhile.
         if flow is None or now >= flow.mtu_until:
+            return 0
+        # And so is what begins another connection in the same flow: nobody may see its answer before its verdict, by which
+        # connection tracking confirms it.
+        if protocol == 6:
+            if at[offset + 13] & 2:  # SYN
+                return 0
+        elif protocol != 17 and get16(at + offset + 4) != flow.identifier:
+            flow.identifier = get16(at + offset + 4)
             return 0
         way: Way = flow.way
         count: cython.Py_ssize_t = 1
@@ -156,7 +165,7 @@ class Sealer:
                 # A sender cuts at multiples of its size, but where it has no more to send (see gso.py).
                 if size and data % size and not at[offset + 13] & 8:
                     size = 0
-            if size <= 0 or data <= size or header < offset + 20 or at[offset + 13] & 2:
+            if size <= 0 or data <= size or header < offset + 20:
                 return 0
             count = (data + size - 1) // size
             longest = header + size

@@ -7,7 +7,7 @@ import select
 import time
 
 import pytest
-from engine_peers import Peer, make_peer, policy, udp
+from engine_peers import Peer, address, make_peer, policy, udp
 from engine_traffic import (
     CHANGES,
     INNER,
@@ -33,6 +33,7 @@ from ipsecq.crypto import cipher
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.inbound_run import InboundRuns
 from ipsecq.numbers import Mode
+from ipsecq.packet import ipv4, ipv6
 from ipsecq.packet.checksum import verify_transport
 from ipsecq.packet.segments import split
 from ipsecq.sa.association import Lifetime, NatTraversal
@@ -111,6 +112,29 @@ def test_limits_on_the_way_out_are_met_to_the_packet(limit, which, size):
         made += fast.send(packet, size)
     assert made + fast.finish() == wire
     assert fast.taken > 1
+    alike(single, fast.peer)
+
+
+def echo(version: int, identifier: int) -> bytes:
+    source, destination = map(address, INNER[version])
+    message = bytes([8 if version == 4 else 128, 0, 0, 0]) + identifier.to_bytes(2, "big") + bytes(50)
+    if version == 4:
+        return ipv4.header(source, destination, 1, len(message), identification=7) + message
+    return ipv6.header(source, destination, 58, len(message)) + message
+
+
+@pytest.mark.parametrize("inner", [4, 6])
+def test_what_begins_a_connection_in_a_known_flow_is_the_engines(inner):
+    """Its verdict has to come before its datagram: by it connection tracking knows the answer."""
+    single, fast = senders(association("gcm", 4), 4)
+    pings = [echo(inner, identifier) for identifier in (1, 1, 1, 2, 2, 1, 3, 3)]
+    again = [tcp(inner, 0, flags=flags) for flags in (0x10, 0x10, 0x02, 0x12, 0x10)]
+    made = []
+    for packets, taken in ((pings, [0, 0, 1, 1, 2, 2, 2, 3]), (again, [3, 4, 4, 4, 5])):
+        for packet, count in zip(packets, taken, strict=True):
+            made += fast.send(packet)
+            assert fast.taken == count
+    assert made + fast.finish() == [datagram for packet in pings + again for datagram in single.send(packet)[1]]
     alike(single, fast.peer)
 
 
