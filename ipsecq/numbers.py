@@ -24,6 +24,8 @@ IPV4_MIN_MTU: Final = 576
 IPV4_LEAST_MTU: Final = 68
 """What every link carries whole (RFC 791 section 3.2); a sender is never asked for less."""
 IPV6_MIN_MTU: Final = 1280
+IP_MAXPACKET: Final = 65535
+"""The longest packet that a 16-bit length can say (<netinet/ip.h>)."""
 
 
 class Protocol(IntEnum):

@@ -8,11 +8,11 @@ from typing import Final
 from ipsecq.counters import Counter
 from ipsecq.engine.emit import Burst, Emissions
 from ipsecq.engine.outbound_step import OutboundStep
+from ipsecq.numbers import IP_MAXPACKET
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import split
 from ipsecq.packet.view import PacketView
 
-_MAX_PACKET: Final = 65535
 _BUNDLED: Final = int(Counter.OUT_BUNDLESA)
 
 
@@ -120,7 +120,7 @@ class PaddedBundle(Bundle):
 
     def apply(self, packet: Buffer, view: PacketView, now: float, emit: Emissions) -> bytes | int:
         """See :class:`Bundle`."""
-        mtu = min(self._mtu_of(self.dst), _MAX_PACKET)
+        mtu = min(self._mtu_of(self.dst), IP_MAXPACKET)
         for padding, onward in self._padded:  # an SA may be in several bundles
             padding.fill = min(padding.wanted, onward.largest(mtu, 0))
         return super().apply(packet, view, now, emit)

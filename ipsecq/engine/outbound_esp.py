@@ -16,7 +16,7 @@ from ipsecq.engine.headers import OuterHeader, own_header
 from ipsecq.engine.outbound_step import outer_header, sequence_of
 from ipsecq.engine.padding import Padding
 from ipsecq.engine.tables import Pool, Tables
-from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP, Protocol
+from ipsecq.numbers import IP_MAXPACKET, IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_UDP, Protocol
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.segments import fill_checksums, lay_out
 from ipsecq.packet.view import PacketView
@@ -27,7 +27,6 @@ from ipsecq.transforms.esp import EspTransform
 
 _SEQUENCE: Final = int(Slot.SEQUENCE)
 _DROPS: Final = int(Slot.DROPS)
-_MAX_PACKET: Final = 65535
 _ESP_OUTPUT: Final = int(Counter.ESP_OUTPUT)
 _ESP_OBYTES: Final = int(Counter.ESP_OBYTES)
 _ESP_TUNNEL: Final = int(Counter.ESP_TUNNEL)
@@ -219,7 +218,7 @@ class EspStep:
         if padding is not None and padding.fill > inner:
             filled = padding.fill
         behind = self._udp + self._transform.sealed_length(filled)
-        if behind + (outer.length if outer is not None else header) > _MAX_PACKET:
+        if behind + (outer.length if outer is not None else header) > IP_MAXPACKET:
             return Counter.ESP_TOOBIG
         if not self._account.charge(inner, now, emit):
             return Counter.ESP_EXPIRED

@@ -13,7 +13,7 @@ from ipsecq.engine.outbound_esp import EspStep
 from ipsecq.engine.outbound_step import OutboundStep, outer_header, sequence_of
 from ipsecq.engine.padding import Padding
 from ipsecq.engine.tables import Pool, Tables
-from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, Protocol
+from ipsecq.numbers import IP_MAXPACKET, IPPROTO_IPV4, IPPROTO_IPV6, Protocol
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.view import PacketView
@@ -24,7 +24,6 @@ from ipsecq.transforms.ipcomp import IpcompTransform
 
 _SEQUENCE: Final = int(Slot.SEQUENCE)
 _DROPS: Final = int(Slot.DROPS)
-_MAX_PACKET: Final = 65535
 
 _AH_OUTPUT: Final = int(Counter.AH_OUTPUT)
 _AH_OBYTES: Final = int(Counter.AH_OBYTES)
@@ -82,7 +81,7 @@ class AhStep:
         version = outer.version if outer is not None else view.version
         inner = view.length - header
         behind = self._transform.header_length(version) + inner
-        if behind + (outer.length if outer is not None else header) > _MAX_PACKET:
+        if behind + (outer.length if outer is not None else header) > IP_MAXPACKET:
             return Counter.AH_TOOBIG
         if not self._account.charge(inner, now, emit):
             return Counter.AH_EXPIRED
@@ -146,7 +145,7 @@ class IpcompStep:
         outer = self._outer
         header = 0 if outer is not None else view.header_length
         inner = view.length - header
-        if outer is not None and inner + outer.length > _MAX_PACKET:
+        if outer is not None and inner + outer.length > IP_MAXPACKET:
             return Counter.IPCOMP_TOOBIG
         if not self._account.charge(inner, now, emit):
             return Counter.IPCOMP_EXPIRED

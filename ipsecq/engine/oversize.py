@@ -9,7 +9,7 @@ from ipsecq.counters import Counter, Fate
 from ipsecq.engine.bundle import Bundle
 from ipsecq.engine.emit import Emissions
 from ipsecq.engine.tables import Tables
-from ipsecq.numbers import IPPROTO_TCP, IPV4_LEAST_MTU, IPV6_MIN_MTU
+from ipsecq.numbers import IP_MAXPACKET, IPPROTO_TCP, IPV4_LEAST_MTU, IPV6_MIN_MTU
 from ipsecq.packet import icmp
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.fragments import fragment
@@ -24,7 +24,6 @@ TELL_AGAIN_SECONDS: Final = 60.0
 MAX_TOLD: Final = 4096
 """Pairs of addresses whose last "packet too big" is remembered."""
 
-_MAX_PACKET: Final = 65535
 _DONE: Final = int(Fate.DONE)
 
 SourceFor = Callable[[bytes], bytes]
@@ -67,7 +66,7 @@ class Oversize:
         knobs = self._sysctl.v4
         df = knobs.dfbit == 1 and len(bundle.dst) == 4 and bundle.tunnels
         joined = view.version == 6 and view.protocol != IPPROTO_TCP and view.length > IPV6_MIN_MTU
-        before = length > _MAX_PACKET or df or joined
+        before = length > IP_MAXPACKET or df or joined
         self._identification += 1
         if before and bundle.first.tunnel and (joined or view.version == 4):
             identification = self._identification if joined else view.identification
@@ -85,7 +84,7 @@ class Oversize:
                 else:
                     emit.wire.extend(self._cut(result, mtu))
             return _DONE if pieces else Counter.IP_TOOBIG
-        if length > _MAX_PACKET or df:
+        if length > IP_MAXPACKET or df:
             return Counter.IP_TOOBIG
         result = bundle.apply(packet, view, now, emit)
         if isinstance(result, int):

@@ -16,7 +16,7 @@ from ipsecq.engine.headers import opened_header
 from ipsecq.engine.history import History
 from ipsecq.engine.inbound_sa import InboundSa, Opened
 from ipsecq.engine.outbound_step import OutboundStep
-from ipsecq.numbers import IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE
+from ipsecq.numbers import IP_MAXPACKET, IPPROTO_IPV4, IPPROTO_IPV6, IPPROTO_NONE
 from ipsecq.numbers import Protocol as IpsecProtocol
 from ipsecq.packet import ipv4, ipv6
 from ipsecq.packet.buffer import Buffer
@@ -43,7 +43,6 @@ own 10 is no address family to those who read captures."""
 
 _FAMILY: Final = Struct("=I")
 _SPI: Final = Struct(">I")
-_MAX_PACKET: Final = 65535
 
 
 class Watcher(Protocol):
@@ -140,7 +139,7 @@ def outer_header(datagram: bytes, inner: int, length: int) -> bytes:
     if datagram[0] < 0x60:
         header = bytearray(datagram[:20])
         total = length + 20
-        header[2:4] = (total if total <= _MAX_PACKET else 0).to_bytes(2, "big")
+        header[2:4] = (total if total <= IP_MAXPACKET else 0).to_bytes(2, "big")
         header[9] = protocol
         ipv4.fix_checksum(header)
     else:

@@ -14,13 +14,13 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from ipsecq.numbers import IP_MAXPACKET
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.checksum import ones_complement
 
 MIN_SEGMENT: Final = 64
 """Octets of data below which a run is not worth its head."""
 
-MAX_LENGTH: Final = 65535
 _NUMPY_FROM: Final = 6
 """Segments from which one sum over all of them as an array is faster than a sum of each."""
 
@@ -153,7 +153,7 @@ def _collect(packets: Sequence[Buffer]) -> list[Buffer | _Open]:
             and run.signature == signature
             and run.sequence == sequence
             and data <= run.size
-            and run.length + data <= MAX_LENGTH
+            and run.length + data <= IP_MAXPACKET
             and (offset == 40 or word & 0x4000 or identification == run.identification + len(run.packets) & 0xFFFF)
         ):
             run.packets.append(packet)

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from struct import Struct
 from typing import Final
 
+from ipsecq.numbers import IP_MAXPACKET
 from ipsecq.packet import ipv4
 from ipsecq.packet.buffer import Buffer
 from ipsecq.packet.extensions import iter_ipv4_options
@@ -18,7 +19,6 @@ from ipsecq.packet.view import FRAGMENT, MF, PacketView
 _U16: Final = Struct(">H")
 _FRAGMENT_HEADER: Final = Struct(">BxHI")
 
-MAX_LENGTH: Final = 65535
 FRAGMENT_OVERHEAD: Final = 128
 """Octets that a waiting fragment is charged beside its data, so that many tiny ones meet the limit, too."""
 
@@ -53,7 +53,7 @@ def _fragment_ipv4(packet: Buffer, view: PacketView, mtu: int, identification: i
     later = _copied_options(head)
     position, end = view.header_length, view.length
     # A fragment whose data end beyond what a datagram can hold: its pieces' offsets would not fit their field.
-    if later is None or mtu < len(head) + 8 or view.fragment_offset + end > MAX_LENGTH:
+    if later is None or mtu < len(head) + 8 or view.fragment_offset + end > IP_MAXPACKET:
         return []
     offset, last_word = view.fragment_offset, view.fragment_word & MF
     pieces = []
@@ -92,7 +92,7 @@ def _fragment_ipv6(packet: Buffer, view: PacketView, mtu: int, identification: i
     else:
         place, named_by = view.header_length, view.header_nexthdr
         position, kind = place, packet[named_by]
-    if offset + view.length - position > MAX_LENGTH:  # as in IPv4
+    if offset + view.length - position > IP_MAXPACKET:  # as in IPv4
         return []
     room = mtu - place - 8 & ~7
     # RFC 7112: the first fragment holds all headers, the upper layer's first octets (ports, type) included.
@@ -217,7 +217,7 @@ class Reassembler:
             self.counts["dead"] += 1
             return None
         # What the datagram's length field will have to hold: of IPv6 all but the 40 octets.
-        if (start if view.version == 4 else view.fragment_header - 40) + offset + size > MAX_LENGTH:
+        if (start if view.version == 4 else view.fragment_header - 40) + offset + size > IP_MAXPACKET:
             self._refuse(partial, "too_long")
             return None
         refusal = self._place(partial, offset, bytes(packet[start : view.length]), view.more_fragments)
@@ -337,17 +337,17 @@ class Reassembler:
             if partial.ecn & _ECN_CE:
                 first[1] |= _CE << 4
             length = place - 40 + partial.end
-            if length <= MAX_LENGTH:
+            if length <= IP_MAXPACKET:
                 _U16.pack_into(first, 4, length)
         else:
             length = len(first) + partial.end
             if partial.ecn & _ECN_CE:
                 first[1] |= _CE
             first[6] &= 0x40  # DF stays, MF goes; the first fragment's offset is zero
-            if length <= MAX_LENGTH:
+            if length <= IP_MAXPACKET:
                 _U16.pack_into(first, 2, length)
                 ipv4.fix_checksum(first)
-        if length > MAX_LENGTH:  # the first fragment's options made it so
+        if length > IP_MAXPACKET:  # the first fragment's options made it so
             self._refuse(partial, "too_long")
             return None
         self._forget(partial)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from struct import Struct
 from typing import Final
 
+from ipsecq.numbers import IP_MAXPACKET
 from ipsecq.packet.buffer import Buffer
 
 _HEADER: Final = Struct(">BBHHHBBH4s4s")
 _U16: Final = Struct(">H")
-MAX_LENGTH: Final = 65535
 
 
 def header(
@@ -53,7 +53,7 @@ def replace_payload(packet_header: Buffer, protocol: int, payload_parts: Iterabl
     head = bytearray(packet_header)
     payload = b"".join(payload_parts)
     length = len(head) + len(payload)
-    if length > MAX_LENGTH:
+    if length > IP_MAXPACKET:
         return b""
     _U16.pack_into(head, 2, length)
     head[9] = protocol

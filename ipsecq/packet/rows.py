@@ -14,8 +14,9 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ipsecq.numbers import IP_MAXPACKET
 from ipsecq.packet.checksum import ones_complement
-from ipsecq.packet.coalesce import MAX_LENGTH, MIN_SEGMENT, Run
+from ipsecq.packet.coalesce import MIN_SEGMENT, Run
 
 MIN_ROWS: Final = 3
 """Packets below which an array costs more than it saves."""
@@ -131,7 +132,7 @@ def unite(packets: list[bytes], length: int, tail: bytes = b"") -> list[Piece]:
     if numbered:
         identifications = rows.view(">u2")[:, 2].astype(np.uint16)
         changes |= identifications[1:] - identifications[:-1] != 1
-    most = (MAX_LENGTH - header) // size
+    most = (IP_MAXPACKET - header) // size
     if protocol == UDP:
         most = min(most, MAX_DATAGRAMS)
     sums: npt.NDArray[np.uint64] = rows.view(np.uint32).sum(axis=1, dtype=np.uint64)
@@ -241,7 +242,7 @@ def _append(run: Run, first: bytes, before: bytes, tail: bytes, shape: _Shape, c
     if ones_complement(tail[offset:], _pseudo(tail, offset, protocol, length - offset)) != 0xFFFF:
         return None
     total = header + count * run.size + data
-    if total > MAX_LENGTH:
+    if total > IP_MAXPACKET:
         return None
     head = _head(first[:header], shape, total, tail[offset + 13] & _PSH if protocol == TCP else 0)
     return Run([head, run.parts[1], tail[header:]], run.size, header, offset, run.version, protocol, count + 1)
